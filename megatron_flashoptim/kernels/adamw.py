@@ -1,0 +1,213 @@
+"""Fused AdamW step on one bucket shard: one launch reads and writes everything in place."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.kernels import codec
+
+
+@triton.jit
+def _adamw_step_kernel(
+    param_ptr,
+    correction_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_ptr,
+    exp_avg_sq_scale_ptr,
+    hyper_ptr,
+    key_ptr,
+    grad_scale_ptr,
+    segment_start_ptr,
+    segment_row_ptr,
+    segment_tensor_id_ptr,
+    segment_group_shift_ptr,
+    tile_segment_ptr,
+    num_groups,
+    MASTER_BITS: tl.constexpr,
+    STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
+    STOCHASTIC_MASTER: tl.constexpr,
+    HYPER_COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One program steps GROUPS groups of GROUP elements; MASTER_BITS 0 is an fp32 param."""
+    tile = tl.program_id(0)
+    group = tile * GROUPS + tl.arange(0, GROUPS)
+    mask = (group < num_groups)[:, None]
+    lane = tl.arange(0, GROUP)
+    offsets = group.to(tl.int64)[:, None] * GROUP + lane[None, :]
+
+    # Which segment each group belongs to: start from the tile's first, step over later starts.
+    first = tl.load(tile_segment_ptr + tile)
+    last = tl.load(tile_segment_ptr + tile + 1)
+    segment = tl.zeros([GROUPS], tl.int32) + first
+    candidate = first + 1
+    while candidate <= last:
+        start = tl.load(segment_start_ptr + candidate)
+        segment = tl.where(group >= start, candidate, segment)
+        candidate += 1
+    row = tl.load(segment_row_ptr + segment)
+    hyper = hyper_ptr + row * HYPER_COLUMNS
+    lr = tl.load(hyper + 0)[:, None]
+    weight_decay = tl.load(hyper + 1)[:, None]
+    beta1 = tl.load(hyper + 2)[:, None]
+    one_minus_beta1 = tl.load(hyper + 3)[:, None]
+    beta2 = tl.load(hyper + 4)[:, None]
+    one_minus_beta2 = tl.load(hyper + 5)[:, None]
+    eps = tl.load(hyper + 6)[:, None]
+    inverse_bias_correction1 = tl.load(hyper + 7)[:, None]
+    inverse_sqrt_bias_correction2 = tl.load(hyper + 8)[:, None]
+    grad_scale = tl.load(grad_scale_ptr + row)[:, None]
+
+    # Decode.
+    exp_avg_code = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
+    exp_avg_sq_code = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
+    group_mask = group < num_groups
+    exp_avg_scale = tl.load(exp_avg_scale_ptr + group, mask=group_mask, other=0.0)
+    exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=group_mask, other=0.0)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * grad_scale
+    param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
+    if MASTER_BITS == 0:
+        weight = param
+    elif MASTER_BITS == 16:
+        weight = codec.bf16_to_fp32(param)
+    else:
+        correction = tl.load(correction_ptr + offsets, mask=mask, other=0)
+        weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
+    m = codec.decode_exp_avg(exp_avg_code, codec.bf16_to_fp32(exp_avg_scale)[:, None])
+    v = codec.decode_exp_avg_sq(exp_avg_sq_code, codec.bf16_to_fp32(exp_avg_sq_scale)[:, None])
+
+    # AdamW.
+    m = beta1 * m + one_minus_beta1 * grad
+    v = beta2 * v + one_minus_beta2 * (grad * grad)
+    root = tl.sqrt_rn(v)
+    denominator = root * inverse_sqrt_bias_correction2 + eps
+    update = tl.div_rn(m * inverse_bias_correction1, denominator) + weight_decay * weight
+    weight = weight - lr * update
+
+    # Random bits, a function of (seed, step, parameter, element offset in the parameter).
+    random = offsets
+    scale_random = offsets
+    master_random = offsets
+    if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
+        tensor_id = tl.load(segment_tensor_id_ptr + segment)
+        group_in_tensor = group + tl.load(segment_group_shift_ptr + segment)
+        group_offset = (group_in_tensor * GROUP).to(tl.uint32, bitcast=True)[:, None]
+        element_offset = group_offset + lane.to(tl.uint32)[None, :]
+        keys = key_ptr + row * HYPER_COLUMNS
+    if STOCHASTIC_EXP_AVG_SQ:
+        key = codec.mix32((tl.load(keys + 9) ^ tensor_id).to(tl.uint32, bitcast=True))[:, None]
+        random = codec.random_bits(key, element_offset)
+        key = codec.mix32((tl.load(keys + 10) ^ tensor_id).to(tl.uint32, bitcast=True))[:, None]
+        scale_random = codec.random_bits(key, group_offset)
+    if STOCHASTIC_MASTER:
+        key = codec.mix32((tl.load(keys + 11) ^ tensor_id).to(tl.uint32, bitcast=True))[:, None]
+        master_random = codec.random_bits(key, element_offset)
+
+    # Encode and store.
+    exp_avg_code, scale_bits = codec.encode_exp_avg(m)
+    tl.store(exp_avg_ptr + offsets, exp_avg_code, mask=mask)
+    scale_ptrs = exp_avg_scale_ptr + group[:, None]
+    tl.store(scale_ptrs, codec.bf16_from_bits(scale_bits), mask=mask)
+    exp_avg_sq_code, scale_bits = codec.encode_exp_avg_sq(
+        v, root, random, scale_random, STOCHASTIC=STOCHASTIC_EXP_AVG_SQ
+    )
+    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq_code, mask=mask)
+    scale_ptrs = exp_avg_sq_scale_ptr + group[:, None]
+    tl.store(scale_ptrs, codec.bf16_from_bits(scale_bits), mask=mask)
+    if MASTER_BITS == 0:
+        tl.store(param_ptr + offsets, weight, mask=mask)
+    else:
+        high, correction = codec.split_master(
+            weight, master_random, MASTER_BITS=MASTER_BITS, STOCHASTIC=STOCHASTIC_MASTER
+        )
+        tl.store(param_ptr + offsets, high, mask=mask)
+        if MASTER_BITS == 24:
+            tl.store(correction_ptr + offsets, correction.to(tl.int8), mask=mask)
+        elif MASTER_BITS == 32:
+            tl.store(correction_ptr + offsets, correction.to(tl.int16), mask=mask)
+
+
+def adamw_step_(
+    param: torch.Tensor,
+    correction: torch.Tensor | None,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    hyper: torch.Tensor,
+    keys: torch.Tensor,
+    grad_scale: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_row: torch.Tensor,
+    segment_tensor_id: torch.Tensor,
+    segment_group_shift: torch.Tensor,
+    tile_segment: torch.Tensor,
+    *,
+    groups_per_tile: int,
+    master_bits: int,
+    stochastic_exp_avg_sq: bool,
+    stochastic_master: bool,
+    num_warps: int = 8,
+) -> None:
+    """Launch the fused AdamW step on one shard.
+
+    Args:
+        param: bf16 or fp32, n elements (modified in place).
+        correction: int8 or int16, n elements, or None (modified in place).
+        grad: bf16 or fp32, n elements.
+        exp_avg: int8, n elements (modified in place).
+        exp_avg_scale: bf16, n / 32 elements (modified in place).
+        exp_avg_sq: uint8, n elements (modified in place).
+        exp_avg_sq_scale: bf16, n / 32 elements (modified in place).
+        hyper: fp32 ``(rows, columns)`` of ``optim.hyper.HyperTable``.
+        keys: int32 view of ``hyper``.
+        grad_scale: fp32 ``(rows,)``.
+        segment_start: int32, one element per segment, as all ``segment_*``.
+        segment_row: row of the hyper table.
+        segment_tensor_id: key of the parameter.
+        segment_group_shift: group number in the parameter minus group number in the shard.
+        tile_segment: int32, tiles + 1 elements.
+        groups_per_tile: the tile size ``tile_segment`` was made for.
+        master_bits: 16, 24 or 32; ignored for an fp32 ``param``.
+        stochastic_exp_avg_sq: round the second moment stochastically.
+        stochastic_master: round the master weight stochastically.
+        num_warps: warps per program.
+
+    Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
+    ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
+    """
+    num_groups = param.numel() // GROUP_SIZE
+    grid = (triton.cdiv(num_groups, groups_per_tile),)
+    _adamw_step_kernel[grid](
+        param,
+        correction,
+        grad,
+        exp_avg,
+        exp_avg_scale,
+        exp_avg_sq,
+        exp_avg_sq_scale,
+        hyper,
+        keys,
+        grad_scale,
+        segment_start,
+        segment_row,
+        segment_tensor_id,
+        segment_group_shift,
+        tile_segment,
+        num_groups,
+        MASTER_BITS=0 if param.dtype == torch.float32 else master_bits,
+        STOCHASTIC_EXP_AVG_SQ=stochastic_exp_avg_sq,
+        STOCHASTIC_MASTER=stochastic_master,
+        HYPER_COLUMNS=hyper.shape[1],
+        GROUPS=groups_per_tile,
+        GROUP=GROUP_SIZE,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,68 @@
+"""User-facing configuration: one field per ``--flash-*`` flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from megatron_flashoptim.codec import spec
+
+FlashOptimizerName = Literal["flash_adamw"]
+RoundingPolicy = Literal["auto", "nearest", "stochastic"]
+
+OPTIMIZER_NAMES: tuple[str, ...] = get_args(FlashOptimizerName)
+ROUNDING_POLICIES: tuple[str, ...] = get_args(RoundingPolicy)
+
+
+@dataclass(frozen=True)
+class FlashOptimConfig:
+    """How a flash optimizer stores and rounds its state.
+
+    Attributes:
+        optimizer: update rule; value of ``--optimizer``.
+        master_bits: bits of the master weight, 16, 24 or 32 (``--flash-master-bits``).
+        rounding: rounding of the second moment (``--flash-rounding``); "auto" takes stochastic
+            rounding where nearest would stall at the given beta2, see ``resolve_rounding``.
+        master_rounding: rounding of the master weight (``--flash-master-rounding``); 16-bit
+            masters need "stochastic".
+        seed: seed of all stochastic rounding; ``--optimizer flash_adamw`` uses Megatron's
+            ``--seed``.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the flag and the choices.
+    """
+
+    optimizer: FlashOptimizerName = "flash_adamw"
+    master_bits: spec.MasterBits = 24
+    rounding: RoundingPolicy = "auto"
+    master_rounding: spec.Rounding = "nearest"
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        _check_choice("--optimizer", self.optimizer, OPTIMIZER_NAMES)
+        _check_choice("--flash-master-bits", self.master_bits, spec.MASTER_BITS)
+        _check_choice("--flash-rounding", self.rounding, ROUNDING_POLICIES)
+        _check_choice("--flash-master-rounding", self.master_rounding, spec.ROUNDINGS)
+        if self.master_bits == 16 and self.master_rounding != "stochastic":
+            raise ValueError(
+                "--flash-master-bits 16 keeps no correction, so that updates below half a bf16 "
+                "ulp would be lost; add --flash-master-rounding stochastic, or use 24 or 32 bits"
+            )
+
+    def resolve_rounding(self, beta2: float) -> spec.Rounding:
+        """Return the rounding of the second moment for a given beta2.
+
+        With nearest rounding a code q decays only if ``q * (1 - beta2) / 2 > 0.5``. "auto"
+        keeps nearest, which has the smaller error, while the top code 255 can still decay,
+        that is for ``beta2 < 1 - 1/255``; beyond, v would only ever grow.
+        """
+        if self.rounding != "auto":
+            return self.rounding
+        decay_of_top_code = spec.EXP_AVG_SQ_MAX_CODE * (1.0 - beta2) / 2.0
+        return "nearest" if decay_of_top_code > 0.5 else "stochastic"
+
+
+def _check_choice(flag: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        allowed = ", ".join(str(choice) for choice in choices)
+        raise ValueError(f"{flag} must be one of {allowed}; got {value!r}")

@@ -1,0 +1,105 @@
+"""HyperTable: the hyper-parameters of one step, one row per parameter group, on the device."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_flashoptim.codec import rounding, spec
+
+# Columns of the table. The first are fp32 values, the last three int32 random keys.
+LR = 0
+WEIGHT_DECAY = 1
+BETA1 = 2
+ONE_MINUS_BETA1 = 3
+BETA2 = 4
+ONE_MINUS_BETA2 = 5
+EPS = 6
+INVERSE_BIAS_CORRECTION1 = 7
+INVERSE_SQRT_BIAS_CORRECTION2 = 8
+KEY_EXP_AVG_SQ = 9
+KEY_EXP_AVG_SQ_SCALE = 10
+KEY_MASTER = 11
+COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class AdamHyper:
+    """Hyper-parameters of one row: floats as in ``torch.optim.AdamW``, ``step`` from 1 up."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    bias_correction: bool = True
+
+    def row(self, seed: int) -> bytes:
+        """Pack the row: fp32 columns, then the three random keys of this step."""
+        correction1 = 1.0 - self.beta1**self.step if self.bias_correction else 1.0
+        correction2 = 1.0 - self.beta2**self.step if self.bias_correction else 1.0
+        keys = (
+            rounding.launch_key(seed, self.step, stream)
+            for stream in (
+                spec.STREAM_EXP_AVG_SQ,
+                spec.STREAM_EXP_AVG_SQ_SCALE,
+                spec.STREAM_MASTER,
+            )
+        )
+        return struct.pack(
+            "9f3I",
+            self.lr,
+            self.weight_decay,
+            self.beta1,
+            1.0 - self.beta1,
+            self.beta2,
+            1.0 - self.beta2,
+            self.eps,
+            1.0 / correction1,
+            correction2**-0.5,
+            *keys,
+        )
+
+
+class HyperTable:
+    """Persistent device table, refilled by one small asynchronous copy per step.
+
+    Args:
+        rows: number of rows.
+        device: where the table lives.
+
+    Attributes:
+        keys: int32 view ``(rows, COLUMNS)``.
+        values: fp32 view of the same storage.
+        grad_scale: fp32 ``(rows,)``, the factor on the gradients of each row (clip coefficient
+            times inverse loss scale).
+    """
+
+    def __init__(self, rows: int, device: torch.device | str) -> None:
+        self.keys = torch.zeros(rows, COLUMNS, dtype=torch.int32, device=device)
+        self.values = self.keys.view(torch.float32)
+        self.grad_scale = torch.ones(rows, dtype=torch.float32, device=device)
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+    def fill(self, rows: Sequence[AdamHyper], *, seed: int) -> None:
+        """Upload the rows of this step.
+
+        Raises:
+            ValueError: another number of rows than the table has.
+        """
+        if len(rows) != len(self):
+            raise ValueError(f"the table has {len(self)} rows, got {len(rows)}")
+        if rows:
+            packed = bytearray(b"".join(row.row(seed) for row in rows))
+            host = torch.frombuffer(packed, dtype=torch.int32).view_as(self.keys)
+            self.keys.copy_(host, non_blocking=True)
+
+    def nbytes(self) -> int:
+        """Return the bytes held on the device."""
+        return self.keys.nbytes + self.grad_scale.nbytes

@@ -1,0 +1,93 @@
+"""BucketShard: the flat optimizer state of one data-parallel shard of one bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_flashoptim.codec.master import correction_dtype
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.optim.segments import SegmentTable
+
+# Names of the state tensors; also the last part of their checkpoint keys.
+CORRECTION = "correction"
+EXP_AVG = "exp_avg"
+EXP_AVG_SCALE = "exp_avg_scale"
+EXP_AVG_SQ = "exp_avg_sq"
+EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
+
+# One element per parameter element, and one per quantization group.
+ELEMENT_STATE = (CORRECTION, EXP_AVG, EXP_AVG_SQ)
+GROUP_STATE = (EXP_AVG_SCALE, EXP_AVG_SQ_SCALE)
+
+
+@dataclass
+class BucketShard:
+    """Views of this rank's part of a bucket's buffers, and the optimizer state beside them.
+
+    Attributes:
+        param: flat bf16 or fp32 view of the param buffer, n elements, n a multiple of 32. A bf16
+            view is the high part of the master weight; an fp32 view is the master itself.
+        grad: flat bf16 or fp32 view of the grad buffer, n elements.
+        segments: which parameter each quantization group belongs to.
+        master_bits: 16, 24 or 32 for a bf16 ``param``.
+        correction: int8 (24 bits) or int16 (32 bits), n elements; None for 16-bit masters and
+            for fp32 parameters.
+        exp_avg: int8 codes of the first moment, n elements.
+        exp_avg_scale: bf16 scales, n / 32 elements.
+        exp_avg_sq: uint8 codes of the second moment, n elements.
+        exp_avg_sq_scale: bf16 scales, n / 32 elements.
+
+    Raises:
+        ValueError: views of the wrong dtype or length.
+    """
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    segments: SegmentTable
+    master_bits: int = 24
+    correction: torch.Tensor | None = field(init=False)
+    exp_avg: torch.Tensor = field(init=False)
+    exp_avg_scale: torch.Tensor = field(init=False)
+    exp_avg_sq: torch.Tensor = field(init=False)
+    exp_avg_sq_scale: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        numel = self.param.numel()
+        for name, view in (("param", self.param), ("grad", self.grad)):
+            if view.dtype not in (torch.bfloat16, torch.float32):
+                raise ValueError(f"the {name} shard must be bf16 or fp32, got {view.dtype}")
+            if view.shape != (numel,) or not view.is_contiguous():
+                raise ValueError(f"the {name} shard must be flat with {numel} elements")
+        if numel % GROUP_SIZE:
+            raise ValueError(f"a shard must hold whole groups of {GROUP_SIZE}, got {numel} elements")
+        if self.segments.num_groups != numel // GROUP_SIZE:
+            raise ValueError("the segment table covers another number of groups than the shard")
+        dtype = correction_dtype(self.master_bits)
+        keeps_correction = dtype is not None and self.param.dtype == torch.bfloat16
+        self.correction = self._zeros(numel, dtype) if keeps_correction else None
+        self.exp_avg = self._zeros(numel, torch.int8)
+        self.exp_avg_sq = self._zeros(numel, torch.uint8)
+        self.exp_avg_scale = self._zeros(numel // GROUP_SIZE, torch.bfloat16)
+        self.exp_avg_sq_scale = self._zeros(numel // GROUP_SIZE, torch.bfloat16)
+
+    def _zeros(self, numel: int, dtype: torch.dtype | None) -> torch.Tensor:
+        return torch.zeros(numel, dtype=dtype, device=self.param.device)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of quantization groups."""
+        return self.segments.num_groups
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and tensor of the state that is checkpointed, in a fixed order."""
+        for name in (*ELEMENT_STATE, *GROUP_STATE):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors the shard holds beside its param and grad views."""
+        return sum(t.nbytes for _, t in self.state()) + self.segments.nbytes()
