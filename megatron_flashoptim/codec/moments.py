@@ -178,7 +178,7 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_bits(absmax_bits: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """Return bf16 scale patterns: at most the largest finite one, NaN where absmax is not finite."""
+    """Return bf16 scale patterns: at most the largest finite one, NaN for a non-finite absmax."""
     finite = absmax_bits < spec.FP32_EXPONENT_MASK
     return torch.where(finite, rounded.clamp(max=spec.BF16_MAX_FINITE), spec.BF16_QUIET_NAN)
 

@@ -32,9 +32,7 @@ def launch_key(seed: int, step: int, stream: int) -> int:
         stream: one of the ``STREAM_*`` constants of ``codec.spec``.
     """
     folded = mix32(seed) ^ mix32((seed >> 32) + 1)
-    return mix32(
-        mix32(folded + step * spec.COUNTER_MULTIPLIER) + stream * spec.STREAM_MULTIPLIER
-    )
+    return mix32(mix32(folded + step * spec.COUNTER_MULTIPLIER) + stream * spec.STREAM_MULTIPLIER)
 
 
 def tensor_key(key: int, tensor_id: int) -> int:

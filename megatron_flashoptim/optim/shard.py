@@ -62,7 +62,9 @@ class BucketShard:
             if view.shape != (numel,) or not view.is_contiguous():
                 raise ValueError(f"the {name} shard must be flat with {numel} elements")
         if numel % GROUP_SIZE:
-            raise ValueError(f"a shard must hold whole groups of {GROUP_SIZE}, got {numel} elements")
+            raise ValueError(
+                f"a shard must hold whole groups of {GROUP_SIZE}, got {numel} elements"
+            )
         if self.segments.num_groups != numel // GROUP_SIZE:
             raise ValueError("the segment table covers another number of groups than the shard")
         dtype = correction_dtype(self.master_bits)

@@ -1,0 +1,1 @@
+"""Mapping of flash state into Megatron's sharded state dicts."""

@@ -1,0 +1,112 @@
+"""``dp_reshardable``: the flat state of each bucket as one sharded tensor per kind of state.
+
+Parameters start at whole quantization groups of a bucket, whatever the data-parallel size, so a
+bucket's state without the padding at its end is the same tensor on any number of ranks. Each
+rank contributes its own slice; nothing is gathered or copied.
+
+The bf16 high part of the master is the model weight, which the checkpoint holds already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.optim.shard import GROUP_STATE, BucketShard
+
+LAYOUT = "per_bucket_numel_unpadded"
+BUCKETS = "buckets"
+
+
+@dataclass(frozen=True)
+class BucketSpace:
+    """The buckets of one distributed optimizer, as a checkpoint sees them.
+
+    Attributes:
+        buffers: Megatron's param and grad buffers.
+        shards: this rank's shards, in the order of buffers and buckets.
+        dp_rank: rank in the data-parallel group that shares the optimizer state.
+        dp_group_index: index of that group; part of the keys.
+        instance: number of the distributed optimizer instance; 0 is saved.
+    """
+
+    buffers: Sequence[Any]
+    shards: Sequence[BucketShard]
+    dp_rank: int
+    dp_group_index: int
+    instance: int
+
+    def sharded_state(self) -> dict[str, Any]:
+        """Return sharded tensors on the live state, for saving and for loading.
+
+        Keys follow Megatron's:
+        ``optimizer.distributed.dp_group_idx_I.gbuf_idx_J.bucket_idx_K.NAME``.
+        """
+        prefix = f"optimizer.distributed.dp_group_idx_{self.dp_group_index}"
+        buckets: dict[str, dict[str, ShardedTensor]] = {}
+        for name, bucket, shard in self._buckets():
+            unpadded = -(-bucket.numel_unpadded // GROUP_SIZE) * GROUP_SIZE
+            buckets[name] = {}
+            for state_name, tensor in shard.state():
+                total = unpadded // (GROUP_SIZE if state_name in GROUP_STATE else 1)
+                start = self.dp_rank * tensor.numel()
+                length = max(0, min(tensor.numel(), total - start))
+                if length == 0:
+                    continue  # this rank's slice is padding at the bucket's end
+                buckets[name][state_name] = ShardedTensor(
+                    f"{prefix}.{name}.{state_name}",
+                    tensor[:length],
+                    tensor.dtype,
+                    (length,),
+                    (total,),
+                    (start,),
+                    axis_fragmentations=None,
+                    replica_id=(self.instance, 0, 0),
+                )
+        layout = ShardedObject(
+            f"{prefix}.{LAYOUT}",
+            self._layout(),
+            (1,),
+            (0,),
+            replica_id=(self.instance, 0, self.dp_rank),
+        )
+        return {LAYOUT: layout, BUCKETS: buckets}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Copy loaded bucket state into the shards.
+
+        Raises:
+            ValueError: the checkpoint's buckets hold other numbers of elements than this run's.
+        """
+        if state[LAYOUT] != self._layout():
+            raise ValueError(
+                f"the checkpoint was saved with buckets of {state[LAYOUT]} elements, this run "
+                f"has {self._layout()}: dp_reshardable needs the same model-parallel layout, "
+                "--overlap-grad-reduce and --ddp-bucket-size as the run that saved it"
+            )
+        for name, _, shard in self._buckets():
+            loaded = state[BUCKETS].get(name, {})
+            for state_name, tensor in shard.state():
+                if state_name in loaded:
+                    source = loaded[state_name]
+                    tensor[: source.numel()].copy_(source)
+
+    def _buckets(self) -> Iterator[tuple[str, Any, BucketShard]]:
+        buckets = (
+            (f"gbuf_idx_{gbuf_index}.bucket_idx_{bucket_index}", bucket)
+            for gbuf_index, buffer in enumerate(self.buffers)
+            for bucket_index, bucket in enumerate(buffer.buckets)
+        )
+        for (name, bucket), shard in zip(buckets, self.shards, strict=True):
+            yield name, bucket, shard
+
+    def _layout(self) -> list[list[int]]:
+        """Return the number of elements of each bucket of each buffer, without end padding."""
+        return [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in self.buffers]

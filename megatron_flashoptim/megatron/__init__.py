@@ -1,0 +1,1 @@
+"""The Megatron side: optimizer subclass, layout, arguments, install()."""

@@ -1,0 +1,112 @@
+"""Command-line arguments: the optimizer choice, the ``--flash-*`` flags and their checks.
+
+``--optimizer flash_adamw`` is stored as ``optimizer="adam"`` plus ``flash_optimizer``: Megatron's
+own validation knows Adam, and would turn the distributed optimizer off for other names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from megatron_flashoptim.codec import spec
+from megatron_flashoptim.megatron.support import first_refusal
+from megatron_flashoptim.optim.config import OPTIMIZER_NAMES, ROUNDING_POLICIES, FlashOptimConfig
+
+# Namespace attribute that holds the flash optimizer's name, or None.
+FIELD = "flash_optimizer"
+
+# Megatron's name for each rule, for its own config and its arguments.
+_MEGATRON_OPTIMIZER = {"flash_adamw": "adam"}
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--flash-master-bits": {
+        "type": int,
+        "choices": spec.MASTER_BITS,
+        "help": "Bits of the master weight: bf16 weight plus an int8 (24) or int16 (32) "
+        "correction, or none (16, with --flash-master-rounding stochastic). Default 24.",
+    },
+    "--flash-rounding": {
+        "choices": ROUNDING_POLICIES,
+        "help": "Rounding of the second moment; auto takes stochastic where nearest would stall "
+        "at --adam-beta2. Default auto.",
+    },
+    "--flash-master-rounding": {
+        "choices": spec.ROUNDINGS,
+        "help": "Rounding of the master weight. Default nearest.",
+    },
+}
+
+
+def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the optimizer choices and flags to Megatron's parser, and check them after parsing.
+
+    Raises:
+        RuntimeError: the parser has no ``--optimizer`` with choices.
+    """
+    action = parser._option_string_actions.get("--optimizer")
+    if action is None or action.choices is None:
+        raise RuntimeError("Megatron's parser has no --optimizer with choices to extend")
+    action.choices = [*action.choices, *OPTIMIZER_NAMES]
+    group = parser.add_argument_group(title="flashoptim")
+    for flag, options in _FLAGS.items():
+        group.add_argument(flag, default=None, **options)
+    parse_known_args = parser.parse_known_args
+
+    def parse_and_check(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        _select(parser.error, namespace)
+        return namespace, rest
+
+    parser.parse_known_args = parse_and_check  # type: ignore[method-assign]
+    return parser
+
+
+def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
+    """Replace a flash optimizer's name by Megatron's and check the options beside it."""
+    given = {flag: getattr(namespace, _dest(flag)) for flag in _FLAGS}
+    name = namespace.optimizer
+    setattr(namespace, FIELD, None)
+    if name not in OPTIMIZER_NAMES:
+        flags = [flag for flag, value in given.items() if value is not None]
+        if flags:
+            error(
+                f"{', '.join(flags)} given with --optimizer {name}; these flags belong to "
+                f"--optimizer {', '.join(OPTIMIZER_NAMES)}"
+            )
+        return
+    refusal = first_refusal(name, namespace)
+    if refusal is not None:
+        error(refusal)
+    fields = {
+        _dest(flag).removeprefix("flash_"): value
+        for flag, value in given.items()
+        if value is not None
+    }
+    try:
+        config = FlashOptimConfig(optimizer=name, seed=namespace.seed, **fields)
+    except ValueError as problem:
+        error(str(problem))
+    for flag in _FLAGS:
+        setattr(namespace, _dest(flag), getattr(config, _dest(flag).removeprefix("flash_")))
+    setattr(namespace, FIELD, name)
+    namespace.optimizer = _MEGATRON_OPTIMIZER[name]
+
+
+def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
+    """Return the flash configuration of parsed arguments, or None for other optimizers."""
+    name = getattr(args, FIELD, None)
+    if name is None:
+        return None
+    return FlashOptimConfig(
+        optimizer=name,
+        master_bits=args.flash_master_bits,
+        rounding=args.flash_rounding,
+        master_rounding=args.flash_master_rounding,
+        seed=args.seed,
+    )
+
+
+def _dest(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

@@ -1,0 +1,192 @@
+"""Run Megatron on CPU ranks with gloo: for the demo and the tests, never where a GPU is.
+
+Megatron calls CUDA by name. ``enable()`` redirects those calls in this process: tensors stay on
+the CPU, streams and events do nothing, the CUDA generator is the CPU's, and type names read
+``torch.cuda.*`` as Megatron expects. Call it before anything imports ``megatron``. ``.cuda()`` is
+the identity here, where a GPU would copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+# Flags without which Megatron would call compiled CUDA code; scripts add them for --device cpu.
+MEGATRON_FLAGS = (
+    "--transformer-impl",
+    "local",
+    "--distributed-backend",
+    "gloo",
+    "--use-cpu-initialization",
+    "--no-rope-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-persist-layer-norm",
+    "--num-workers",
+    "0",
+)
+
+# Functions and methods that take a device.
+_FACTORIES = (
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "zeros_like", "ones_like", "empty_like", "full_like"),
+    *("rand_like", "randn_like"),
+)
+_METHODS = ("to", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+
+_enabled = False
+
+
+def enable() -> None:
+    """Redirect CUDA to the CPU in this process; idempotent.
+
+    Raises:
+        RuntimeError: a GPU is there, or Megatron was imported before.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "--device cpu redirects CUDA calls to the CPU and is refused where a GPU is visible; "
+            "drop the option, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    if any(name == "megatron" or name.startswith("megatron.core") for name in sys.modules):
+        raise RuntimeError("enable the CPU redirection before anything imports megatron")
+    _enabled = True
+    # Megatron's fusions are torch.compile functions: slow to compile, and no faster on a CPU.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    importlib.import_module("torch._dynamo")  # reads torch's functions before they change
+    torch.set_num_threads(1)
+    _redirect_tensors()
+    _redirect_cuda_module()
+    _patch_megatron()
+
+
+class _InertStream:
+    """A stream or event on a device where everything is synchronous."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = _CPU
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _to_cpu(value: Any) -> Any:
+    """Replace a CUDA device in whatever form it is given by the CPU."""
+    if isinstance(value, str) and value.startswith("cuda"):
+        return _CPU
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return _CPU
+    return value
+
+
+def _device_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            device = kwargs["device"]
+            kwargs["device"] = _CPU if isinstance(device, int) else _to_cpu(device)
+        return function(*map(_to_cpu, args), **kwargs)
+
+    return redirected
+
+
+def _redirect_tensors() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _device_to_cpu(getattr(torch, name)))
+    for name in _METHODS:
+        setattr(torch.Tensor, name, _device_to_cpu(getattr(torch.Tensor, name)))
+    plain_type = torch.Tensor.type
+
+    def type_named_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return plain_type(self).replace("torch.", "torch.cuda.", 1)
+        return plain_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_named_cuda  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+
+
+def _redirect_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    stream = _InertStream()
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    cuda.get_device_capability = lambda *_: (0, 0)
+    cuda.get_device_name = lambda *_: "cpu"
+    cuda.Stream = cuda.Event = _InertStream
+    cuda.current_stream = cuda.default_stream = lambda *_: stream
+    cuda.stream = lambda *_: contextlib.nullcontext()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(
+        state
+    )
+    # Not torch.manual_seed, which calls these in turn.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.manual_seed_all = _nothing
+    for name in (
+        "synchronize",
+        "set_device",
+        "set_stream",
+        "empty_cache",
+        "reset_peak_memory_stats",
+    ):
+        setattr(cuda, name, _nothing)
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+    ):
+        setattr(cuda, name, lambda *_: 0)
+    cuda.memory_stats = lambda *_: {}
+
+
+def _patch_megatron() -> None:
+    """Replace the few Megatron functions that no redirection of torch can reach."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, *_, **__: tensor
+    init_process_group = torch.distributed.init_process_group
+
+    @functools.wraps(init_process_group)
+    def without_device_id(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_id", None)
+        return init_process_group(*args, **kwargs)
+
+    torch.distributed.init_process_group = without_device_id
+    try:
+        training = importlib.import_module("megatron.training.training")
+    except ImportError:
+        return  # megatron.core alone
+    initialize = training.initialize_megatron
+    training.initialize_megatron = functools.partial(initialize, allow_no_cuda=True)

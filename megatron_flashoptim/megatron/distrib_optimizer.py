@@ -1,0 +1,422 @@
+"""FlashDistributedOptimizer: Megatron's DistributedOptimizer with FlashOptim state.
+
+What the base class does stays: ranges, param groups, process groups, parameter all-gather,
+checkpoint entry points. What changes: there are no main parameters beside the model weights and
+no main gradients beside the gradient buffer. Each bucket shard holds flat int8 state next to
+views of the two buffers, and is stepped by one launch.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.param_layout import FullParamLayout
+from megatron.core.tensor_parallel import (
+    param_is_not_gtp_duplicate,
+    param_is_not_tensor_parallel_duplicate,
+)
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
+from megatron_flashoptim.codec import split_master
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.megatron.grad_stats import GradRuns, ShardParam
+from megatron_flashoptim.megatron.layout import check_group_alignment, compute_group_aligned_layout
+from megatron_flashoptim.megatron.support import check_optimizer_config
+from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
+from megatron_flashoptim.optim.segments import Segment, SegmentTable
+
+
+class FlashDistributedOptimizer(DistributedOptimizer):
+    """Data-parallel sharded AdamW that keeps 3.125 bytes of state per owned parameter.
+
+    Takes the arguments of Megatron's ``DistributedOptimizer``; ``optimizer`` is used for its
+    param groups only and replaced.
+
+    Args:
+        flash: formats and rounding; the defaults of ``FlashOptimConfig`` if None.
+
+    Attributes:
+        flash: the configuration in force.
+        optimizer: the ``FlashOptimizer`` with the bucket shards.
+        shard_params: where each owned parameter lies in the shards.
+
+    Raises:
+        ValueError: an option that flash optimizers do not support, or a model wrapped in DDP
+            with a layout whose shards would split quantization groups.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        config: OptimizerConfig,
+        grad_scaler: Any,
+        init_state_fn: Callable[..., None] | None,
+        model_chunks: list[Any],
+        per_model_buffers: dict[int, list[Any]],
+        *args: Any,
+        flash: FlashOptimConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.flash = flash or FlashOptimConfig()
+        check_optimizer_config(config, model_chunks[0].ddp_config)
+        inner = None if optimizer is None else self._make_inner(optimizer, config)
+        super().__init__(
+            inner,
+            config,
+            grad_scaler,
+            _no_state_to_init,
+            model_chunks,
+            per_model_buffers,
+            *args,
+            **kwargs,
+        )
+        self.shard_params: list[ShardParam] = []
+        self._clip_handles: list[torch.nn.Parameter] = []
+        self._runs: dict[str | None, GradRuns] = {}
+        if not self.is_stub_optimizer:
+            self._build_shards()
+
+    def _make_inner(
+        self, optimizer: torch.optim.Optimizer, config: OptimizerConfig
+    ) -> FlashOptimizer:
+        """Make our optimizer from the param groups of the one Megatron built."""
+        own_keys = {"params", "lr", "betas", "eps", "weight_decay"}
+        foreign = set(optimizer.defaults) - own_keys
+        return FlashOptimizer(
+            [
+                {key: value for key, value in group.items() if key not in foreign}
+                for group in optimizer.param_groups
+            ],
+            self.flash,
+            lr=config.lr if config.lr is not None else 0.0,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+
+    @staticmethod
+    def compute_full_param_layout(
+        params: list[torch.nn.Parameter],
+        bucket_size: int | None,
+        data_parallel_world_size: int,
+        ddp_config: Any,
+        expert_data_parallel_world_size: int | None = None,
+    ) -> FullParamLayout:
+        """Return Megatron's layout with every shard a whole number of quantization groups."""
+        return compute_group_aligned_layout(
+            inspect.unwrap(DistributedOptimizer.compute_full_param_layout),  # under install()
+            params,
+            bucket_size,
+            data_parallel_world_size,
+            ddp_config,
+            expert_data_parallel_world_size,
+        )
+
+    @classmethod
+    def _build_model_and_main_param_groups(
+        cls,
+        gbuf_ranges: list[Any],
+        param_gbuf_map: dict[torch.nn.Parameter, Any],
+        opt_group_ranges: list[Any],
+        config: OptimizerConfig,
+    ) -> tuple[list[Any], ...]:
+        """Let the base class build param groups of views, without any main parameter."""
+        views_only = copy.copy(config)
+        views_only.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        groups = super()._build_model_and_main_param_groups(
+            gbuf_ranges, param_gbuf_map, opt_group_ranges, views_only
+        )
+        model_float16, model_fp32, shard_float16, shard_fp32, main = groups
+        for model_group, shard_group in zip(model_float16, shard_float16, strict=True):
+            for model_param, shard_param in zip(model_group, shard_group, strict=True):
+                # The bf16 view is the high part of the master: what the params norm reads.
+                model_param.main_param = shard_param
+        return model_float16, model_fp32, shard_float16, shard_fp32, [[] for _ in main]
+
+    def _build_shards(self) -> None:
+        """Make one shard per bucket, on views of Megatron's buffers."""
+        rows: dict[tuple[int, str | None], int] = {}
+        shards: list[BucketShard] = []
+        names = self._param_ids()
+        for gbuf_index, buffer in enumerate(self.buffers):
+            world_size = buffer.data_parallel_group.size()
+            check_group_alignment(buffer, world_size)
+            (bucket_ranges,) = self.gbuf_ranges[gbuf_index].values()
+            for bucket, ranges in zip(buffer.buckets, bucket_ranges, strict=True):
+                segments = []
+                located = sorted(
+                    ((r["gbuf_local"], r["param"], p) for p, r in ranges["param_map"].items()),
+                    key=lambda item: item[0].start,
+                )
+                for local, param_range, param in located:
+                    group_index = self.model_param_group_index_map[param][0]
+                    norm_group = getattr(param, "grad_norm_group", None)
+                    row = rows.setdefault((group_index, norm_group), len(rows))
+                    segments.append(
+                        Segment(
+                            start=local.start // GROUP_SIZE,
+                            row=row,
+                            tensor_id=names[param],
+                            first_group=param_range.start // GROUP_SIZE,
+                        )
+                    )
+                    self.shard_params.append(
+                        ShardParam(
+                            param=param,
+                            shard=len(shards),
+                            start=local.start,
+                            end=local.end,
+                            param_start=param_range.start,
+                            group_index=group_index,
+                        )
+                    )
+                shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash.master_bits))
+        device = self.buffers[0].grad_data.device
+        self.optimizer.attach(shards, [group_index for group_index, _ in rows], device)
+        self._clip_handles = [
+            self._clip_handle(row, norm_group) for (_, norm_group), row in rows.items()
+        ]
+
+    def _param_ids(self) -> dict[torch.nn.Parameter, int]:
+        """Return 32-bit ids that key stochastic rounding, the same for any data-parallel size."""
+        rank = self.data_parallel_group_idx  # model-parallel rank: names repeat across those
+        return {
+            param: zlib.crc32(f"{rank}/{chunk_index}/{name}".encode())
+            for chunk_index, chunk in enumerate(self.model_chunks)
+            for name, param in chunk.named_parameters()
+        }
+
+    def _clip_handle(self, row: int, norm_group: str | None) -> torch.nn.Parameter:
+        """Return a one-element parameter whose gradient is the gradient scale of a row.
+
+        Megatron clips by multiplying the gradients of ``get_parameters()``. Given these handles
+        it multiplies the device scalar that the step kernel applies, so that clipping reads no
+        gradient and never waits for the host.
+        """
+        scale = self.optimizer.table.grad_scale
+        handle = torch.nn.Parameter(torch.zeros_like(scale[row : row + 1]))
+        handle.grad = scale[row : row + 1]
+        if norm_group is not None:
+            handle.grad_norm_group = norm_group  # type: ignore[attr-defined]
+        return handle
+
+    def get_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the clip handles, see ``_clip_handle``."""
+        return self._clip_handles
+
+    def _grad_runs(self, norm_group: str | None) -> GradRuns:
+        """Return the runs that count for a norm group (None: the main norm), made once.
+
+        Not in ``__init__``, since Megatron sets ``tp_group`` after it.
+        """
+        if norm_group not in self._runs:
+
+            def counts(param: torch.nn.Parameter) -> bool:
+                own_group = getattr(param, "grad_norm_group", None)
+                if own_group not in SEPARATE_GRAD_NORM_GROUPS:
+                    own_group = None
+                return own_group == norm_group and self._counts_on_this_rank(param)
+
+            grads = [shard.grad for shard in self.optimizer.shards]
+            self._runs[norm_group] = GradRuns(self.shard_params, grads, counts)
+        return self._runs[norm_group]
+
+    def _counts_on_this_rank(self, param: torch.nn.Parameter) -> bool:
+        return (
+            param_is_not_shared(param)
+            and param_is_not_tensor_parallel_duplicate(
+                param,
+                tp_group=getattr(self, "tp_group", None),
+                expert_tp_group=getattr(self, "expert_tp_group", None),
+            )
+            and param_is_not_gtp_duplicate(param)
+        )
+
+    def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[torch.Tensor]:
+        """Return tensors whose joint L2 norm is that of this rank's gradients.
+
+        They are norms of runs of the gradient buffer, not the gradients: Megatron takes the
+        2-norm of what it gets, and the 2-norm of 2-norms is the same number. Each gradient
+        element is read once, in its own dtype, and summed in fp32.
+        """
+        if self.is_stub_optimizer:
+            return []
+        norms = self._grad_runs(grad_norm_group).norms()
+        if self.grad_scaler:
+            norms = [norm * self.grad_scaler.inv_scale for norm in norms]
+        return norms
+
+    def count_zeros(self) -> float:
+        """Return the number of zero gradient elements over all ranks of this optimizer."""
+        device = torch.cuda.current_device()
+        zeros = torch.zeros((), dtype=torch.int64, device=device)
+        if not self.is_stub_optimizer:
+            for norm_group in (None, *SEPARATE_GRAD_NORM_GROUPS):
+                zeros = zeros + self._grad_runs(norm_group).count_zeros(device)
+        torch.distributed.all_reduce(zeros, group=self.get_grad_stats_parallel_group())
+        return float(zeros.item())
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        """Reset the gradient scale; gradients are read where they are."""
+        if not self.is_stub_optimizer:
+            self.optimizer.table.grad_scale.fill_(1.0)
+
+    def _unscale_main_grads_and_check_for_nan(self) -> bool:
+        """Put the inverse loss scale into the gradient scale and look for Inf and NaN."""
+        self.found_inf.fill_(0.0)
+        if not self.is_stub_optimizer:
+            self.optimizer.table.grad_scale.mul_(self.grad_scaler.inv_scale)
+            every_param = GradRuns(
+                self.shard_params, [s.grad for s in self.optimizer.shards], lambda _: True
+            )
+            finite = every_param.all_finite(self.found_inf.device)
+            self.found_inf.copy_((~finite).to(self.found_inf.dtype))
+        torch.distributed.all_reduce(
+            self.found_inf,
+            op=torch.distributed.ReduceOp.MAX,
+            group=self.get_grad_stats_parallel_group(),
+        )
+        return bool(self.found_inf.item() > 0)
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """Do nothing: the step writes the model weights themselves."""
+
+    @torch.no_grad()
+    def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Start from the model weights: corrections become zero.
+
+        Args:
+            state_dict: model state dict of higher precision; where given, masters are split from
+                its values (``--load-main-params-from-ckpt``).
+        """
+        if self.is_stub_optimizer:
+            return
+        for shard in self.optimizer.shards:
+            if shard.correction is not None:
+                shard.correction.zero_()
+        if state_dict is None:
+            return
+        source_of = self._build_model_param_to_state_dict_param_map(state_dict)
+        for item in self.shard_params:
+            shard = self.optimizer.shards[item.shard]
+            elements = slice(item.start, item.end)
+            numel = item.end - item.start
+            source = source_of[item.param].reshape(-1)[item.param_start : item.param_start + numel]
+            source = source.to(device=shard.param.device, dtype=torch.float32)
+            if shard.correction is None:
+                shard.param[elements].copy_(source)
+                continue
+            high, correction = split_master(source, bits=shard.master_bits)
+            shard.param[elements].copy_(high)
+            shard.correction[elements].copy_(correction)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return param groups (without parameters), rounding seed and grad scaler state."""
+        if self.is_stub_optimizer:
+            return {}
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        state: dict[str, Any] = {
+            "optimizer": {"param_groups": groups},
+            metadata.KEY: metadata.describe(self.flash),
+        }
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load param groups, matched by Megatron's identifier keys, and the parameter state.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer or format, or has other groups.
+        """
+        if self.is_stub_optimizer:
+            return
+        metadata.check(state_dict.get(metadata.KEY), self.flash)
+        saved = [{**group, "params": []} for group in state_dict["optimizer"]["param_groups"]]
+        current = self.optimizer.param_groups
+        if len(saved) != len(current):
+            raise ValueError(
+                f"the checkpoint has {len(saved)} param groups, this run has {len(current)}: "
+                "weight decay or learning-rate overrides differ"
+            )
+        matched = MegatronOptimizer._filter_and_reorder_param_groups(current, saved)
+        for group, loaded in zip(current, matched, strict=True):
+            group.update({key: value for key, value in loaded.items() if key != "params"})
+        self.flash = metadata.with_saved_seed(self.flash, state_dict[metadata.KEY])
+        self.optimizer.flash = self.flash
+        if self.grad_scaler and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if "param_state" in state_dict:
+            self._bucket_space().load(state_dict["param_state"])
+
+    def _bucket_space(self) -> BucketSpace:
+        return BucketSpace(
+            self.buffers,
+            self.optimizer.shards,
+            dp_rank=self.data_parallel_group.rank(),
+            dp_group_index=self.data_parallel_group_idx,
+            instance=self.distributed_optimizer_instance_id,
+        )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron's sharded state dict with our parameter state in it.
+
+        Raises:
+            ValueError: a sharding type that is not supported, or, on load, a checkpoint that was
+                not written by a flash optimizer.
+        """
+        content = kwargs.get("metadata")
+        is_loading = kwargs.get("is_loading", args[1] if len(args) > 1 else False)
+        metadata.check_content(content, self.flash, is_loading=is_loading)
+        if self.is_stub_optimizer:
+            return {}
+        if content is not None and not is_loading:
+            # Megatron stores the very dict it passes here as the checkpoint's content metadata.
+            content[metadata.KEY] = metadata.describe(self.flash)
+        return super().sharded_state_dict(*args, **kwargs)
+
+    def sharded_param_state_dp_reshardable(
+        self,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the flat bucket tensors as sharded tensors, see ``checkpoint.bucket_space``."""
+        return self._bucket_space().sharded_state()
+
+
+def _shard_of_bucket(
+    bucket: Any, buffer: Any, segments: list[Segment], master_bits: int
+) -> BucketShard:
+    rank = buffer.data_parallel_group.rank()
+    numel = bucket.grad_data.numel() // buffer.data_parallel_group.size()
+    if bucket.param_data is None or bucket.param_data.numel() != bucket.grad_data.numel():
+        raise ValueError(
+            "flash optimizers step the weights in DDP's param buffer, and this bucket has none "
+            "of its gradient buffer's size; use bf16 or fp32 parameters with "
+            "--use-distributed-optimizer"
+        )
+    mine = slice(rank * numel, (rank + 1) * numel)
+    return BucketShard(
+        param=bucket.param_data[mine],
+        grad=bucket.grad_data[mine],
+        segments=SegmentTable(segments, numel // GROUP_SIZE, bucket.grad_data.device),
+        master_bits=master_bits,
+    )
+
+
+def _no_state_to_init(*_: Any) -> None:
+    """Stand in for Megatron's ``init_state_fn``: the state exists from the start."""

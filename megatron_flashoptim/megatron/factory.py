@@ -1,0 +1,63 @@
+"""Build flash optimizers through Megatron's own ``get_megatron_optimizer``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import megatron.core.optimizer
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.utils import log_single_rank
+
+from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
+from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.support import check_optimizer_config
+from megatron_flashoptim.optim import FlashOptimConfig
+
+logger = logging.getLogger(__name__)
+
+
+def get_megatron_optimizer(
+    config: OptimizerConfig,
+    model_chunks: list[Any],
+    *args: Any,
+    flash: FlashOptimConfig | None = None,
+    **kwargs: Any,
+) -> FlashChainedOptimizer:
+    """Build the optimizer of a model, as ``megatron.core.optimizer.get_megatron_optimizer`` does.
+
+    Args:
+        config: Megatron's optimizer configuration with ``optimizer="adam"`` and
+            ``use_distributed_optimizer=True``.
+        model_chunks: model chunks wrapped in DistributedDataParallel.
+        *args: further arguments of Megatron's function, passed on as ``**kwargs`` are.
+        flash: formats and rounding; the defaults of ``FlashOptimConfig`` if None.
+
+    Raises:
+        ValueError: an option that flash optimizers do not support.
+        RuntimeError: Megatron built something else than flash optimizers.
+    """
+    flash = flash or FlashOptimConfig()
+    check_optimizer_config(config, model_chunks[0].ddp_config)
+    with _distributed_optimizer_bound_to(flash):
+        built = megatron.core.optimizer.get_megatron_optimizer(
+            config, model_chunks, *args, **kwargs
+        )
+    chain = FlashChainedOptimizer(getattr(built, "chained_optimizers", [built]))
+    log_single_rank(logger, logging.INFO, chain.describe())
+    return chain
+
+
+@contextmanager
+def _distributed_optimizer_bound_to(flash: FlashOptimConfig) -> Iterator[None]:
+    """Let Megatron's factory find our class under the name it looks up."""
+    module = megatron.core.optimizer
+    original = module.DistributedOptimizer
+    module.DistributedOptimizer = functools.partial(FlashDistributedOptimizer, flash=flash)
+    try:
+        yield
+    finally:
+        module.DistributedOptimizer = original

@@ -1,0 +1,89 @@
+"""Gradient norm and zero count over bucket shards, with Megatron's rules for what counts.
+
+Megatron leaves out parameters that another rank counts too: shared embeddings and duplicates
+over tensor parallelism. What remains are runs of consecutive parameters in each shard; padding
+between them is zero in the gradient buffer and may be read along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ShardParam:
+    """Where the elements of one parameter lie in a shard.
+
+    Attributes:
+        param: the model parameter.
+        shard: index of the shard.
+        start, end: element range in the shard.
+        param_start: element of the parameter at ``start``.
+        group_index: index of the parameter's param group.
+    """
+
+    param: torch.nn.Parameter
+    shard: int
+    start: int
+    end: int
+    param_start: int
+    group_index: int
+
+
+class GradRuns:
+    """Runs of gradient elements that count for one statistic.
+
+    Args:
+        params: parameters of all shards, in order of shard and start.
+        grads: flat gradient view of each shard.
+        counts: whether a parameter counts on this rank.
+    """
+
+    def __init__(
+        self,
+        params: list[ShardParam],
+        grads: list[torch.Tensor],
+        counts: Callable[[torch.nn.Parameter], bool],
+    ) -> None:
+        runs: list[tuple[int, int, int]] = []
+        self.numel = 0
+        previous: ShardParam | None = None
+        for item in params:
+            counted = counts(item.param)
+            if counted:
+                self.numel += item.end - item.start
+                if previous is not None and previous.shard == item.shard:
+                    shard, start, _ = runs.pop()
+                    runs.append((shard, start, item.end))
+                else:
+                    runs.append((item.shard, item.start, item.end))
+            previous = item if counted else None
+        self.views = [grads[shard][start:end] for shard, start, end in runs]
+
+    def norms(self) -> list[torch.Tensor]:
+        """Return fp32 L2 norms whose own L2 norm is that of the gradients; no host sync.
+
+        One tensor with an element per run, computed in fp32 whatever the gradients' dtype; an
+        empty list if nothing counts on this rank.
+        """
+        if not self.views:
+            return []
+        norms = torch._foreach_norm(self.views, 2, dtype=torch.float32)
+        return [torch.stack(list(norms))]
+
+    def all_finite(self, device: torch.device | str) -> torch.Tensor:
+        """Return a bool scalar on the device: whether every gradient element is finite."""
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for view in self.views:
+            finite &= torch.linalg.vector_norm(view, float("inf")).isfinite()
+        return finite
+
+    def count_zeros(self, device: torch.device | str) -> torch.Tensor:
+        """Return the number of zero elements as an int64 scalar on the device."""
+        zeros = torch.tensor(self.numel, dtype=torch.int64, device=device)
+        for view in self.views:
+            zeros -= torch.count_nonzero(view)
+        return zeros

@@ -1,0 +1,152 @@
+"""install() and uninstall(): every name of Megatron that the plugin binds, in one place.
+
+Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
+``get_megatron_optimizer`` and ``DistributedOptimizer.compute_full_param_layout`` (shards of whole
+quantization groups). All three do what Megatron does unless ``--optimizer`` names a flash
+optimizer. The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too, but only
+while a flash optimizer is being built (``megatron.factory``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_flashoptim.megatron.versions import installed_version
+
+_MARK = "_megatron_flashoptim_binding"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One name of Megatron and what wraps it.
+
+    Attributes:
+        module: module that holds the name.
+        path: attribute path in the module.
+        wrap: makes the replacement from the original.
+        static: the name is a static method of a class.
+    """
+
+    module: str
+    path: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    static: bool = False
+
+    def owner(self) -> Any:
+        """Return the object that holds the name.
+
+        Raises:
+            ImportError: names the installed megatron-core and what it lacks.
+        """
+        try:
+            owner: Any = importlib.import_module(self.module)
+            for part in self.path.split(".")[:-1]:
+                owner = getattr(owner, part)
+            getattr(owner, self.attribute)
+        except (ImportError, AttributeError) as problem:
+            raise ImportError(
+                f"megatron-flashoptim needs {self.module}.{self.path}, which megatron-core "
+                f"{installed_version()} does not have ({problem})"
+            ) from problem
+        return owner
+
+    @property
+    def attribute(self) -> str:
+        """Last part of the path."""
+        return self.path.split(".")[-1]
+
+    def apply(self, owner: Any) -> None:
+        """Bind the wrapper, once."""
+        original = getattr(owner, self.attribute)
+        if hasattr(original, _MARK):
+            return
+        wrapper = functools.wraps(original)(self.wrap(original))
+        setattr(wrapper, _MARK, True)
+        setattr(owner, self.attribute, staticmethod(wrapper) if self.static else wrapper)
+
+    def undo(self, owner: Any) -> None:
+        """Bind the original again, if ours is bound."""
+        bound = getattr(owner, self.attribute)
+        if hasattr(bound, _MARK):
+            original = bound.__wrapped__
+            setattr(owner, self.attribute, staticmethod(original) if self.static else original)
+
+
+def _selected() -> Any:
+    """Return the flash configuration of this process's arguments, or None."""
+    from megatron.training import global_vars
+
+    from megatron_flashoptim.megatron.arguments import config_from_args
+
+    args = global_vars._GLOBAL_ARGS
+    return None if args is None else config_from_args(args)
+
+
+def _wrap_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_megatron_arguments(parser: Any) -> Any:
+        from megatron_flashoptim.megatron.arguments import add_flash_arguments
+
+        return add_flash_arguments(original(parser))
+
+    return add_megatron_arguments
+
+
+def _wrap_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        flash = _selected()
+        if flash is None:
+            return original(*args, **kwargs)
+        from megatron_flashoptim.megatron import factory
+
+        return factory.get_megatron_optimizer(*args, flash=flash, **kwargs)
+
+    return get_megatron_optimizer
+
+
+def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
+        if _selected() is None:
+            return original(*args, **kwargs)
+        from megatron_flashoptim.megatron.layout import compute_group_aligned_layout
+
+        return compute_group_aligned_layout(original, *args, **kwargs)
+
+    return compute_full_param_layout
+
+
+BINDINGS = (
+    Binding("megatron.training.arguments", "add_megatron_arguments", _wrap_arguments),
+    Binding("megatron.training.training", "get_megatron_optimizer", _wrap_optimizer),
+    Binding(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.compute_full_param_layout",
+        _wrap_layout,
+        static=True,
+    ),
+)
+# Looked up by name while an optimizer is built; checked here so that install() is the one place
+# that fails.
+REQUIRED = (Binding("megatron.core.optimizer", "DistributedOptimizer", lambda name: name),)
+
+
+def install() -> None:
+    """Make ``--optimizer flash_adamw`` known to Megatron in this process; idempotent.
+
+    Raises:
+        ImportError: Megatron lacks a name the plugin binds; nothing is bound then.
+    """
+    owners = [binding.owner() for binding in BINDINGS]
+    for required in REQUIRED:
+        required.owner()
+    for binding, owner in zip(BINDINGS, owners, strict=True):
+        binding.apply(owner)
+
+
+def uninstall() -> None:
+    """Undo ``install()``; does nothing where it was not called."""
+    for binding in BINDINGS:
+        binding.undo(binding.owner())

@@ -1,0 +1,64 @@
+"""Count the bytes an optimizer keeps alive, flash or not, from its live tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+
+def optimizer_bytes(optimizer: Any, model_chunks: Iterable[Any]) -> tuple[int, int]:
+    """Return (bytes, owned parameters) of an optimizer on this rank.
+
+    Every tensor reachable from a chained Megatron optimizer counts once by storage, except the
+    model's weights and the buffers of DistributedDataParallel.
+
+    Args:
+        optimizer: a Megatron ``ChainedOptimizer`` of distributed optimizers.
+        model_chunks: the model, wrapped in DistributedDataParallel.
+    """
+    outside: set[int] = set()
+    for chunk in model_chunks:
+        for param in chunk.parameters():
+            outside.add(_storage(param))
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            outside.update(
+                _storage(t) for t in (buffer.param_data, buffer.grad_data) if t is not None
+            )
+    sizes: dict[int, int] = {}
+    owned = 0
+    for member in optimizer.chained_optimizers:
+        if getattr(member, "is_stub_optimizer", False):
+            continue
+        inner = member.optimizer
+        tensors = [*_tensors(vars(inner)), *_tensors(member.shard_fp32_from_float16_groups)]
+        for tensor in tensors:
+            for held in (tensor, tensor.grad if tensor.is_leaf else None):
+                if held is not None and _storage(held) not in outside:
+                    sizes[_storage(held)] = held.untyped_storage().nbytes()
+        for range_maps in member.gbuf_ranges:
+            for bucket_ranges in range_maps.values():
+                for ranges in bucket_ranges:
+                    owned += sum(r["param"].size for r in ranges["param_map"].values())
+    return sum(sizes.values()), owned
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    """Yield the tensors in nested containers and in objects of this package."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, torch.Tensor):
+                yield key
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif type(value).__module__.startswith("megatron_flashoptim"):
+        yield from _tensors(vars(value))

@@ -1,0 +1,149 @@
+"""Which Megatron options a flash optimizer supports, in one table.
+
+The same rules are checked twice: at argument parsing (names of flags) and when an optimizer is
+built from an ``OptimizerConfig`` (names of fields), for code that has no arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One refused option.
+
+    Attributes:
+        field: attribute of the arguments, of ``OptimizerConfig`` or of the DDP config.
+        refused: whether a value is refused.
+        flag: the flag as a user types it.
+        reason: why, and what to do.
+    """
+
+    field: str
+    refused: Callable[[Any], bool]
+    flag: str
+    reason: str
+
+
+def _is_set(value: Any) -> bool:
+    return bool(value)
+
+
+RULES = (
+    Rule(
+        "use_distributed_optimizer",
+        lambda value: not value,
+        "no --use-distributed-optimizer",
+        "it is a distributed optimizer; add --use-distributed-optimizer",
+    ),
+    Rule(
+        "fp16",
+        _is_set,
+        "--fp16",
+        "the high part of the master weight is bf16; use --bf16",
+    ),
+    Rule(
+        "use_precision_aware_optimizer",
+        _is_set,
+        "--use-precision-aware-optimizer",
+        "it has state formats of its own; drop the flag, flash state is smaller",
+    ),
+    Rule(
+        "optimizer_cpu_offload",
+        _is_set,
+        "--optimizer-cpu-offload",
+        "its state is stepped on the GPU; drop the flag",
+    ),
+    Rule(
+        "use_megatron_fsdp",
+        _is_set,
+        "--use-megatron-fsdp",
+        "it steps the buckets of DistributedDataParallel; drop the flag",
+    ),
+    Rule(
+        "use_torch_fsdp2",
+        _is_set,
+        "--use-torch-fsdp2",
+        "it steps the buckets of DistributedDataParallel; drop the flag",
+    ),
+    Rule(
+        "fp8_param_gather",
+        _is_set,
+        "--fp8-param-gather",
+        "FP8 weights cannot hold the high part of the master; drop the flag",
+    ),
+    Rule(
+        "fp4_param_gather",
+        _is_set,
+        "--fp4-param-gather",
+        "FP4 weights cannot hold the high part of the master; drop the flag",
+    ),
+    Rule(
+        "reuse_grad_buf_for_mxfp8_param_ag",
+        _is_set,
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "weights must live in a param buffer of their own; drop the flag",
+    ),
+    Rule(
+        "optimizer_cuda_graph",
+        _is_set,
+        "--optimizer-cuda-graph",
+        "the step is not captured yet; drop the flag",
+    ),
+    Rule(
+        "decoupled_weight_decay",
+        lambda value: not value,
+        "--no-decoupled-weight-decay (decoupled_weight_decay=False)",
+        "flash_adamw decays weights apart from the gradient; drop the flag",
+    ),
+    Rule(
+        "dist_ckpt_optim_fully_reshardable",
+        _is_set,
+        "--dist-ckpt-optim-fully-reshardable",
+        "flash state is saved in the dp_reshardable format so far; drop the flag",
+    ),
+    Rule(
+        "ckpt_format",
+        lambda value: value != "torch_dist",
+        "--ckpt-format other than torch_dist",
+        "flash state is saved through torch_dist so far; use --ckpt-format torch_dist",
+    ),
+    Rule(
+        "yaml_cfg",
+        lambda value: value is not None,
+        "--yaml-cfg",
+        "a YAML configuration replaces the flags; give the options as flags",
+    ),
+)
+
+
+def first_refusal(optimizer: str, options: Any) -> str | None:
+    """Return why the options cannot be combined with a flash optimizer, or None.
+
+    Args:
+        optimizer: value of ``--optimizer``, for the message.
+        options: a namespace or dataclass; rules whose field it lacks do not apply.
+    """
+    for rule in RULES:
+        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
+            return f"--optimizer {optimizer} cannot be used with {rule.flag}: {rule.reason}"
+    return None
+
+
+def check_optimizer_config(config: Any, ddp_config: Any) -> None:
+    """Refuse an ``OptimizerConfig`` and DDP config that flash optimizers do not support.
+
+    Raises:
+        ValueError: names the option and says what to do.
+    """
+    for options in (config, ddp_config):
+        refusal = first_refusal("flash_adamw", options)
+        if refusal is not None:
+            raise ValueError(refusal)
+    if config.optimizer != "adam":
+        raise ValueError(
+            f"OptimizerConfig.optimizer must be 'adam' for flash_adamw, got {config.optimizer!r}"
+        )

@@ -1,0 +1,110 @@
+"""FlashOptimizer: a ``torch.optim.Optimizer`` whose parameters are shards of flat buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_flashoptim.optim.adamw import adamw_step_
+from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.shard import BucketShard
+
+
+class FlashOptimizer(torch.optim.Optimizer):
+    """AdamW over bucket shards: param groups carry hyper-parameters, shards carry the state.
+
+    The number of steps taken is the plain integer ``step`` of every param group, so that
+    schedulers and checkpoints see what they see with a fused Adam. ``state`` stays empty: the
+    state is flat per bucket, in ``shards``.
+
+    Args:
+        params: param groups as for ``torch.optim.AdamW``; keys of their own are kept.
+        flash: formats and rounding.
+        lr: default learning rate.
+        betas: default decay rates of the moments.
+        eps: default term added to the denominator.
+        weight_decay: default decoupled weight decay.
+
+    Attributes:
+        shards: bucket shards in the order in which they are stepped.
+        table: hyper-parameters on the device; ``table.grad_scale`` scales the gradients.
+        row_groups: for each row of the table, the index of its param group.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[dict[str, Any]],
+        flash: FlashOptimConfig,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(list(params), defaults)
+        self.flash = flash
+        self.shards: list[BucketShard] = []
+        self.row_groups: list[int] = []
+        self.table = HyperTable(0, "cpu")
+
+    def attach(
+        self,
+        shards: Sequence[BucketShard],
+        row_groups: Sequence[int],
+        device: torch.device | str,
+    ) -> None:
+        """Hand over the shards, and the param group of each row their segments refer to.
+
+        Raises:
+            ValueError: a segment refers to a row that does not exist.
+        """
+        for shard in shards:
+            for segment in shard.segments.segments:
+                if not 0 <= segment.row < len(row_groups):
+                    raise ValueError(f"segment row {segment.row} of {len(row_groups)} rows")
+        self.shards = list(shards)
+        self.row_groups = list(row_groups)
+        self.table = HyperTable(len(self.row_groups), device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step every shard once, one launch per bucket.
+
+        Raises:
+            ValueError: a closure is given; gradients are ready when Megatron steps.
+        """
+        if closure is not None:
+            raise ValueError("FlashOptimizer.step takes no closure")
+        for group in self.param_groups:
+            group["step"] += 1
+        rows = [_adam_hyper(self.param_groups[index]) for index in self.row_groups]
+        self.table.fill(rows, seed=self.flash.seed)
+        beta2 = max((row.beta2 for row in rows), default=0.0)
+        rounding = self.flash.resolve_rounding(beta2)
+        for shard in self.shards:
+            adamw_step_(
+                shard,
+                self.table,
+                exp_avg_sq_rounding=rounding,
+                master_rounding=self.flash.master_rounding,
+            )
+
+    def nbytes(self) -> int:
+        """Return the bytes of optimizer state and tables on this rank."""
+        return sum(shard.nbytes() for shard in self.shards) + self.table.nbytes()
+
+
+def _adam_hyper(group: dict[str, Any]) -> AdamHyper:
+    beta1, beta2 = group["betas"]
+    return AdamHyper(
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        step=group["step"],
+    )

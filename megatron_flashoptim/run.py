@@ -1,0 +1,58 @@
+"""Run a Megatron training script with flash optimizers known to it.
+
+    torchrun --nproc-per-node 8 -m megatron_flashoptim.run \\
+        pretrain_gpt.py --optimizer flash_adamw ...
+
+The script is run unmodified, as ``python SCRIPT ARGUMENTS`` would, after ``install()``.
+``--device cpu`` before the script runs Megatron on CPU ranks (see ``megatron.cpu``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Install the plugin and run the script; exits with code 2 on a wrong command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_flashoptim.run",
+        description="Run a Megatron training script with --optimizer flash_adamw known to it.",
+        epilog="example: torchrun --nproc-per-node 8 -m megatron_flashoptim.run pretrain_gpt.py "
+        "--optimizer flash_adamw --use-distributed-optimizer --bf16 ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: run Megatron on CPU ranks with gloo, for machines without a GPU",
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="training script, e.g. pretrain_gpt.py")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args(argv)
+    script = os.path.abspath(options.script)
+    if not os.path.isfile(script):
+        parser.error(f"SCRIPT {options.script!r} is not a file")
+    if options.device == "cpu":
+        from megatron_flashoptim.megatron import cpu
+
+        try:
+            cpu.enable()
+        except RuntimeError as problem:
+            parser.error(str(problem))
+    from megatron_flashoptim.megatron.install import install
+    from megatron_flashoptim.megatron.wheel import skip_compilation_of_built_helpers
+
+    install()
+    skip_compilation_of_built_helpers()
+    sys.argv = [script, *options.arguments]
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Pretrain a GPT with ``megatron.training`` from the megatron-core wheel.
+
+Takes Megatron's own arguments. Run it with the launcher, so that ``--optimizer flash_adamw`` is
+known:
+
+    torchrun --nproc-per-node 2 -m megatron_flashoptim.run scripts/pretrain_gpt.py ...
+
+``--memory-report FILE`` writes what the optimizer holds at the end of training: bytes of its live
+tensors and the parameters it owns, summed over ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.enums import ModelType
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, pretrain, training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_flashoptim.megatron.live_memory import optimizer_bytes
+
+# What training built, for the memory report.
+_built: list[tuple[Any, Any]] = []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this script's own argument to Megatron's."""
+    parser.add_argument("--memory-report", help="write the optimizer's live bytes to this file")
+    return parser
+
+
+def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> dict[str, Any]:
+    """Return the next batch on the device; empty on pipeline stages that need none."""
+    if data_iterator is None:
+        return dict.fromkeys(("tokens", "labels", "loss_mask", "attention_mask", "position_ids"))
+    batch = next(data_iterator)
+    return {
+        key: value.cuda(non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in batch.items()
+    }
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the summed loss, the number of tokens, and both for the log."""
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> tuple[Any, Any]:
+    """Run one micro-batch forward."""
+    batch = get_batch(data_iterator)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
+    """Build the train, validation and test datasets on every rank."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+    return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def remember_what_is_built() -> None:
+    """Keep the optimizer and model that ``pretrain`` builds, for the memory report."""
+    build = training.get_megatron_optimizer
+
+    def build_and_remember(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = build(config, model_chunks, *args, **kwargs)
+        _built.append((optimizer, model_chunks))
+        return optimizer
+
+    training.get_megatron_optimizer = build_and_remember
+
+
+def write_memory_report(path: str) -> None:
+    """Sum live optimizer bytes and owned parameters over ranks and write them as JSON."""
+    optimizer, model_chunks = _built[-1]
+    counts = torch.tensor(optimizer_bytes(optimizer, model_chunks), dtype=torch.int64).cuda()
+    torch.distributed.all_reduce(counts)
+    state_bytes, owned = counts.tolist()
+    if torch.distributed.get_rank() == 0:
+        report = {
+            "optimizer_state_bytes": state_bytes,
+            "owned_parameters": owned,
+            "bytes_per_parameter": state_bytes / owned,
+            "ranks": torch.distributed.get_world_size(),
+            "peak_device_bytes": torch.cuda.max_memory_allocated(),
+        }
+        with open(path, "w") as file:
+            json.dump(report, file, indent=2)
+
+
+def main() -> None:
+    """Parse Megatron's arguments and train."""
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    if args.context_parallel_size > 1 or mpu.is_initialized():
+        raise SystemExit(
+            "scripts/pretrain_gpt.py takes --context-parallel-size 1; use Megatron-LM's "
+            "pretrain_gpt.py under the same launcher for context parallelism"
+        )
+    remember_what_is_built()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    if args.memory_report:
+        write_memory_report(args.memory_report)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
