@@ -86,6 +86,9 @@ class _InertStream:
             raise AttributeError(name)
         return _nothing
 
+    def record_event(self, *_: Any) -> _InertStream:
+        return _InertStream()
+
     def query(self) -> bool:
         return True
 
@@ -95,6 +98,11 @@ class _InertStream:
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
+
+
+def _as_if_moved_to_cpu(value: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """Twin of Megatron's ``maybe_move_tensor_to_cpu``, which leaves CPU tensors as they are."""
+    return value.numpy() if as_numpy and torch.is_tensor(value) else value
 
 
 def _to_cpu(value: Any) -> Any:
@@ -175,7 +183,7 @@ def _patch_megatron() -> None:
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, *_, **__: tensor
+    dispatcher.maybe_move_tensor_to_cpu = _as_if_moved_to_cpu
     init_process_group = torch.distributed.init_process_group
 
     @functools.wraps(init_process_group)

@@ -1,0 +1,87 @@
+"""Run a function on several ranks, each a fork of this process, with gloo between them.
+
+The parent imports Megatron once (fixture ``megatron``); a fork has it for free, and whatever a
+test does to Megatron's global state dies with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+
+def run_ranks(
+    world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any
+) -> list[Any]:
+    """Return what ``body(*args, **kwargs)`` returns on each rank.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), died or took too long.
+    """
+    context = multiprocessing.get_context("fork")
+    with TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, world_size, folder, body, args, kwargs))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        _wait(ranks, timeout)
+        for rank, process in enumerate(ranks):
+            error = Path(folder, f"{rank}.error")
+            if error.is_file():
+                raise AssertionError(f"rank {rank} of {world_size}:\n{error.read_text()}")
+        for rank, process in enumerate(ranks):
+            assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]
+
+
+def _wait(ranks: list[Any], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in ranks):
+        failed = any(process.exitcode not in (None, 0) for process in ranks)
+        if failed or time.monotonic() > deadline:
+            time.sleep(0.5)  # let the others write their tracebacks
+            for process in ranks:
+                process.kill()
+            if not failed:
+                raise AssertionError(f"ranks took longer than {timeout} s")
+        time.sleep(0.02)
+    for process in ranks:
+        process.join()
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    folder: str,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    try:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=120),
+        )
+        result = body(*args, **kwargs)
+        torch.save(result, f"{folder}/{rank}.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
