@@ -6,8 +6,10 @@ test does to Megatron's global state dies with it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -35,8 +37,11 @@ def run_ranks(
         ]
         for process in ranks:
             process.start()
-        _wait(ranks, timeout)
-        for rank, process in enumerate(ranks):
+        try:
+            _wait(ranks, timeout)
+        finally:
+            _kill_with_children(ranks)
+        for rank in range(world_size):
             error = Path(folder, f"{rank}.error")
             if error.is_file():
                 raise AssertionError(f"rank {rank} of {world_size}:\n{error.read_text()}")
@@ -51,13 +56,19 @@ def _wait(ranks: list[Any], timeout: float) -> None:
         failed = any(process.exitcode not in (None, 0) for process in ranks)
         if failed or time.monotonic() > deadline:
             time.sleep(0.5)  # let the others write their tracebacks
-            for process in ranks:
-                process.kill()
+            _kill_with_children(ranks)
             if not failed:
                 raise AssertionError(f"ranks took longer than {timeout} s")
         time.sleep(0.02)
     for process in ranks:
         process.join()
+
+
+def _kill_with_children(ranks: list[Any]) -> None:
+    """End the ranks and the helpers that checkpointing starts in them."""
+    for process in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _rank(
@@ -68,6 +79,7 @@ def _rank(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
+    os.setpgid(0, 0)  # a group of its own, see _kill_with_children
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         torch.distributed.init_process_group(

@@ -15,13 +15,9 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import GROUP_STATE, BucketShard
-
-LAYOUT = "per_bucket_numel_unpadded"
-BUCKETS = "buckets"
 
 
 @dataclass(frozen=True)
@@ -69,30 +65,13 @@ class BucketSpace:
                     axis_fragmentations=None,
                     replica_id=(self.instance, 0, 0),
                 )
-        layout = ShardedObject(
-            f"{prefix}.{LAYOUT}",
-            self._layout(),
-            (1,),
-            (0,),
-            replica_id=(self.instance, 0, self.dp_rank),
-        )
-        return {LAYOUT: layout, BUCKETS: buckets}
+        return buckets
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Copy loaded bucket state into the shards.
-
-        Raises:
-            ValueError: the checkpoint's buckets hold other numbers of elements than this run's.
-        """
-        if state[LAYOUT] != self._layout():
-            raise ValueError(
-                f"the checkpoint was saved with buckets of {state[LAYOUT]} elements, this run "
-                f"has {self._layout()}: dp_reshardable needs the same model-parallel layout, "
-                "--overlap-grad-reduce and --ddp-bucket-size as the run that saved it"
-            )
+        """Copy loaded bucket state into the shards."""
         for name, _, shard in self._buckets():
-            loaded = state[BUCKETS].get(name, {})
+            loaded = state.get(name, {})
             for state_name, tensor in shard.state():
                 if state_name in loaded:
                     source = loaded[state_name]
@@ -107,6 +86,6 @@ class BucketSpace:
         for (name, bucket), shard in zip(buckets, self.shards, strict=True):
             yield name, bucket, shard
 
-    def _layout(self) -> list[list[int]]:
+    def layout(self) -> list[list[int]]:
         """Return the number of elements of each bucket of each buffer, without end padding."""
         return [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in self.buffers]

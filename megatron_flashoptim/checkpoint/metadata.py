@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.codec.spec import FORMAT_VERSION, GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
 
@@ -15,15 +17,24 @@ SHARDING_TYPE = "distrib_optim_sharding_type"
 SUPPORTED_SHARDING_TYPES = ("dp_reshardable",)
 
 
-def describe(flash: FlashOptimConfig) -> dict[str, Any]:
-    """Return the plain dict that is stored: formats, optimizer and rounding seed."""
-    return {
+def describe(flash: FlashOptimConfig, spaces: Sequence[BucketSpace] = ()) -> dict[str, Any]:
+    """Return the plain dict that is stored: formats, optimizer, rounding seed and buckets.
+
+    Args:
+        flash: the configuration in force.
+        spaces: bucket spaces of the chained optimizers on this rank; their layout is what
+            ``dp_reshardable`` depends on. Global rank 0's are stored.
+    """
+    description: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "optimizer": flash.optimizer,
         "group_size": GROUP_SIZE,
         "master_bits": flash.master_bits,
         "seed": flash.seed,
     }
+    if spaces:
+        description["buckets"] = [space.layout() for space in spaces]
+    return description
 
 
 def check(saved: dict[str, Any] | None, flash: FlashOptimConfig) -> None:
@@ -51,22 +62,35 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig) -> None:
             )
 
 
-def check_content(
-    content: dict[str, Any] | None, flash: FlashOptimConfig, *, is_loading: bool
-) -> None:
-    """Check the content metadata Megatron passes to ``sharded_state_dict``.
+def check_sharding_type(content: dict[str, Any] | None) -> None:
+    """Refuse a sharding type that flash state is not mapped to.
 
     Raises:
-        ValueError: an unsupported sharding type, or state of another optimizer.
+        ValueError: names the type and the supported ones.
     """
     sharding_type = (content or {}).get(SHARDING_TYPE)
     if sharding_type not in SUPPORTED_SHARDING_TYPES:
         raise ValueError(
-            f"flash optimizer state cannot be {'loaded from' if is_loading else 'saved in'} the "
-            f"sharding type {sharding_type!r}; supported: {', '.join(SUPPORTED_SHARDING_TYPES)}"
+            f"flash optimizer state cannot be saved in or loaded from the sharding type "
+            f"{sharding_type!r}; supported: {', '.join(SUPPORTED_SHARDING_TYPES)}"
         )
-    if is_loading:
-        check((content or {}).get(KEY), flash)
+
+
+def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
+    """Refuse a checkpoint whose buckets are cut otherwise than this run's.
+
+    Raises:
+        ValueError: names both layouts and the options they depend on.
+    """
+    if any(space.dp_group_index != 0 for space in spaces):
+        return  # the checkpoint describes the buckets of the first model-parallel rank
+    layout = [space.layout() for space in spaces]
+    if saved["buckets"] != layout:
+        raise ValueError(
+            f"the checkpoint was saved with buckets of {saved['buckets']} elements, this run has "
+            f"{layout}: dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
+            "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it"
+        )
 
 
 def with_saved_seed(flash: FlashOptimConfig, saved: dict[str, Any]) -> FlashOptimConfig:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from megatron_flashoptim.checkpoint import metadata
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 
@@ -31,6 +34,30 @@ class FlashChainedOptimizer(ChainedOptimizer):
     def count_zeros(self) -> float:
         """Return the number of zero gradient elements over all members."""
         return float(sum(member.count_zeros() for member in self.chained_optimizers))
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the members' sharded state dicts; describe the format, or check it on load.
+
+        Megatron stores the very ``metadata`` dict it passes here as the checkpoint's content
+        metadata, and passes that of the checkpoint on load.
+
+        Raises:
+            ValueError: an unsupported sharding type, or, on load, state of another optimizer,
+                format or bucket layout.
+        """
+        content = kwargs.get("metadata")
+        metadata.check_sharding_type(content)
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        if content is not None and members:
+            spaces = [member.bucket_space() for member in members]
+            if is_loading:
+                metadata.check(content.get(metadata.KEY), members[0].flash)
+                metadata.check_buckets(content[metadata.KEY], spaces)
+            else:
+                content[metadata.KEY] = metadata.describe(members[0].flash, spaces)
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
 
     def state_bytes(self) -> int:
         """Return the bytes of optimizer state on this rank."""

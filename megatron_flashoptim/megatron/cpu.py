@@ -138,7 +138,7 @@ def _redirect_tensors() -> None:
         return plain_type(self, dtype, *args, **kwargs)
 
     torch.Tensor.type = type_named_cuda  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
 def _redirect_cuda_module() -> None:
@@ -179,10 +179,10 @@ def _redirect_cuda_module() -> None:
 
 def _patch_megatron() -> None:
     """Replace the few Megatron functions that no redirection of torch can reach."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_if_moved_to_cpu
     init_process_group = torch.distributed.init_process_group
 
@@ -193,7 +193,7 @@ def _patch_megatron() -> None:
 
     torch.distributed.init_process_group = without_device_id
     try:
-        training = importlib.import_module("megatron.training.training")
+        training: Any = importlib.import_module("megatron.training.training")
     except ImportError:
         return  # megatron.core alone
     initialize = training.initialize_megatron

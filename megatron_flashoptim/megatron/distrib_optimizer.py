@@ -232,7 +232,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         return self._runs[norm_group]
 
     def _counts_on_this_rank(self, param: torch.nn.Parameter) -> bool:
-        return (
+        return bool(
             param_is_not_shared(param)
             and param_is_not_tensor_parallel_duplicate(
                 param,
@@ -258,7 +258,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
 
     def count_zeros(self) -> float:
         """Return the number of zero gradient elements over all ranks of this optimizer."""
-        device = torch.cuda.current_device()
+        device = torch.device(torch.cuda.current_device())
         zeros = torch.zeros((), dtype=torch.int64, device=device)
         if not self.is_stub_optimizer:
             for norm_group in (None, *SEPARATE_GRAD_NORM_GROUPS):
@@ -360,9 +360,10 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if "param_state" in state_dict:
-            self._bucket_space().load(state_dict["param_state"])
+            self.bucket_space().load(state_dict["param_state"])
 
-    def _bucket_space(self) -> BucketSpace:
+    def bucket_space(self) -> BucketSpace:
+        """Return this rank's buckets as a checkpoint sees them."""
         return BucketSpace(
             self.buffers,
             self.optimizer.shards,
@@ -375,18 +376,10 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         """Return Megatron's sharded state dict with our parameter state in it.
 
         Raises:
-            ValueError: a sharding type that is not supported, or, on load, a checkpoint that was
-                not written by a flash optimizer.
+            ValueError: a sharding type that is not supported.
         """
-        content = kwargs.get("metadata")
-        is_loading = kwargs.get("is_loading", args[1] if len(args) > 1 else False)
-        metadata.check_content(content, self.flash, is_loading=is_loading)
-        if self.is_stub_optimizer:
-            return {}
-        if content is not None and not is_loading:
-            # Megatron stores the very dict it passes here as the checkpoint's content metadata.
-            content[metadata.KEY] = metadata.describe(self.flash)
-        return super().sharded_state_dict(*args, **kwargs)
+        metadata.check_sharding_type(kwargs.get("metadata"))
+        return {} if self.is_stub_optimizer else super().sharded_state_dict(*args, **kwargs)
 
     def sharded_param_state_dp_reshardable(
         self,
@@ -395,7 +388,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         metadata: dict[str, Any] | None = None,
     ) -> Any:
         """Return the flat bucket tensors as sharded tensors, see ``checkpoint.bucket_space``."""
-        return self._bucket_space().sharded_state()
+        return self.bucket_space().sharded_state()
 
 
 def _shard_of_bucket(

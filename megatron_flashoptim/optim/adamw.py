@@ -123,7 +123,7 @@ class _RandomBits:
 
     def draw(self, key_column: int, offsets: torch.Tensor) -> torch.Tensor:
         mixed = (self._keys[:, key_column] ^ self._tensor_id) & 0xFFFFFFFF
-        unique, inverse = mixed.unique(return_inverse=True)
+        unique, inverse = torch.unique(mixed, return_inverse=True)
         key = torch.tensor([rounding.mix32(k) for k in unique.tolist()], device=offsets.device)
         return rounding.random_bits(key[inverse].unsqueeze(1), offsets)
 

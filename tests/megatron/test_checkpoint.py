@@ -1,0 +1,287 @@
+"""Checkpoints in ``torch_dist``, ``dp_reshardable``: small, bitwise, refused when foreign."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_flashoptim import FlashOptimConfig
+
+METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _save(trainer: Any, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    trainer.sync_params()
+    metadata = dict(METADATA)
+    model = trainer.model[0].module.sharded_state_dict()
+    state = {
+        "model": model,
+        "optimizer": trainer.optimizer.sharded_state_dict(model, metadata=metadata),
+        "step_number": trainer.step_number,
+    }
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+
+
+def _load(trainer: Any, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    metadata = dist_checkpointing.load_content_metadata(str(folder))
+    model = trainer.model[0].module.sharded_state_dict()
+    state = {
+        "model": model,
+        "optimizer": trainer.optimizer.sharded_state_dict(
+            model, is_loading=True, metadata=metadata
+        ),
+        "step_number": 0,
+    }
+    loaded = dist_checkpointing.load(state, str(folder))
+    trainer.model[0].module.load_state_dict(loaded["model"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.step_number = loaded["step_number"]
+
+
+def _everything(trainer: Any) -> dict[str, Any]:
+    state = {
+        f"{m}.{s}.{name}": tensor.clone()
+        for m, member in enumerate(trainer.optimizer.chained_optimizers)
+        for s, shard in enumerate(member.optimizer.shards)
+        for name, tensor in shard.state()
+    }
+    groups = [
+        {k: v for k, v in group.items() if k != "params"}
+        for group in trainer.optimizer.param_groups
+    ]
+    return {"weights": trainer.weights(), "state": state, "groups": groups}
+
+
+def _train(
+    steps: int, load: Path | None = None, save: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    if load is not None:
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 0.5  # must come from the checkpoint
+        _load(trainer, load)
+    losses = trainer.train(steps)
+    if save is not None:
+        _save(trainer, save)
+    return {**_everything(trainer), "losses": losses}
+
+
+def _assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["groups"] == theirs["groups"]
+    for kind in ("weights", "state"):
+        assert ours[kind].keys() == theirs[kind].keys()
+        for key, tensor in ours[kind].items():
+            other = theirs[kind][key]
+            assert tensor.dtype == other.dtype, key
+            same = torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
+            assert same, (key, (tensor.float() != other.float()).sum())
+
+
+STOCHASTIC = FlashOptimConfig(rounding="stochastic", master_rounding="stochastic", seed=7)
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "data parallel": (2, {}),
+    "data parallel, bf16 gradients": (2, {"grads_in_fp32": False}),
+    "data parallel, 4 ranks, odd sizes": (4, {"hidden": 72, "layers": 1}),
+    "overlap, several buckets with padding": (2, {"overlap": True, "bucket_size": 15_000}),
+    "tensor parallel": (2, {"tp": 2}),
+    "pipeline parallel": (2, {"pp": 2}),
+    "experts": (2, {"ep": 2, "experts": 4}),
+    "stochastic rounding": (2, {"flash": STOCHASTIC}),
+    "32-bit masters": (2, {"flash": FlashOptimConfig(master_bits=32)}),
+    "16-bit masters": (
+        2,
+        {"flash": FlashOptimConfig(master_bits=16, master_rounding="stochastic")},
+    ),
+    "fp32 model": (2, {"bf16": False}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_in_fresh_processes_is_bitwise(case: str, tmp_path: Path) -> None:
+    world_size, options = CASES[case]
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    whole = run_ranks(world_size, _train, 6, **options)
+    first = run_ranks(world_size, _train, 3, save=folder, **options)
+    second = run_ranks(world_size, _train, 3, load=folder, **options)
+    for rank in range(world_size):
+        assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
+        _assert_same_bits(second[rank], whole[rank])
+
+
+def test_rounding_seed_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    saved = FlashOptimConfig(rounding="stochastic", seed=1)
+    whole = run_ranks(1, _train, 4, flash=saved)
+    run_ranks(1, _train, 2, save=tmp_path, flash=saved)
+    other = FlashOptimConfig(rounding="stochastic", seed=2)
+    resumed = run_ranks(1, _train, 2, load=tmp_path, flash=other)
+    _assert_same_bits(resumed[0], whole[0])
+    fresh = run_ranks(1, _train, 4, flash=other)
+    assert not torch.equal(
+        fresh[0]["state"]["0.0.exp_avg_sq"], whole[0]["state"]["0.0.exp_avg_sq"]
+    ), "the seed must matter for this test to mean anything"
+
+
+def test_data_parallel_size_may_change_in_dp_reshardable(tmp_path: Path) -> None:
+    """Bucket state without end padding is the same tensor at any data-parallel size."""
+    options = {"hidden": 72, "layers": 1}
+    saved = run_ranks(4, _train, 3, save=tmp_path, **options)
+    loaded = run_ranks(2, _train, 0, load=tmp_path, **options)
+    for name in saved[0]["state"]:
+        joined = [
+            torch.cat([rank["state"][name] for rank in ranks]).view(torch.uint8)
+            for ranks in (saved, loaded)
+        ]
+        length = min(map(len, joined))
+        assert torch.equal(joined[0][:length], joined[1][:length]), name
+        assert not any(tensor[length:].any() for tensor in joined), "padding holds no state"
+
+
+def _bytes_saved(folder: Path) -> int:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=256, layers=2))
+    trainer.train(1)
+    _save(trainer, folder)
+    return sum(param.numel() for param in trainer.model[0].parameters())
+
+
+def test_weights_and_state_take_5_2_bytes_per_parameter_on_disk(tmp_path: Path) -> None:
+    (numel, _) = run_ranks(2, _bytes_saved, tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert 5.125 * numel < size < 5.2 * numel
+
+
+def _load_error(folder: Path, **options: Any) -> str:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    try:
+        _load(trainer, folder)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def _save_stock(folder: Path) -> None:
+    import tiny_gpt
+    from exact_adamw import use_as_megatrons_adam
+
+    use_as_megatrons_adam()
+    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None))
+    trainer.train(1)
+    _save(trainer, folder)
+
+
+def test_stock_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(1, _save_stock, tmp_path)
+    (message,) = run_ranks(1, _load_error, tmp_path)
+    assert "holds no flash optimizer state" in message and "--no-load-optim" in message
+
+
+def test_other_master_bits_are_refused_naming_both_sides(tmp_path: Path) -> None:
+    run_ranks(1, _train, 1, save=tmp_path)
+    (message,) = run_ranks(1, _load_error, tmp_path, flash=FlashOptimConfig(master_bits=32))
+    assert "master_bits 24" in message and "32" in message
+
+
+def test_other_buckets_are_refused_naming_both_sides(tmp_path: Path) -> None:
+    run_ranks(1, _train, 1, save=tmp_path, overlap=True, bucket_size=30_000)
+    (message,) = run_ranks(1, _load_error, tmp_path, overlap=True, bucket_size=60_000)
+    assert "saved with buckets of" in message and "--ddp-bucket-size" in message
+
+
+def test_other_parallel_sizes_are_refused_on_the_first_rank(tmp_path: Path) -> None:
+    run_ranks(2, _train, 1, save=tmp_path, pp=2)
+    with pytest.raises(AssertionError, match=r"saved with buckets of .* pipeline"):
+        run_ranks(2, _train, 0, load=tmp_path)
+
+
+def _newer(folder: Path) -> str:
+    from megatron_flashoptim.checkpoint import metadata
+
+    metadata.FORMAT_VERSION = 0
+    return _load_error(folder)
+
+
+def test_newer_format_version_is_refused(tmp_path: Path) -> None:
+    run_ranks(1, _train, 1, save=tmp_path)
+    (message,) = run_ranks(1, _newer, tmp_path)
+    assert "format version 1" in message and "upgrade megatron-flashoptim" in message
+
+
+def _unsupported_type() -> str:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup())
+    try:
+        trainer.optimizer.sharded_state_dict(
+            {}, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+        )
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_unsupported_sharding_type_is_refused_by_name() -> None:
+    (message,) = run_ranks(1, _unsupported_type)
+    assert "'fully_reshardable'" in message and "dp_reshardable" in message
+
+
+def _model_only() -> tuple[bool, Any, Any]:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup())
+    trainer.train(2)
+    (shard,) = trainer.optimizer.chained_optimizers[0].optimizer.shards
+    had_corrections = bool(shard.correction.any())
+    before = shard.param.clone()
+    trainer.optimizer.reload_model_params()
+    return had_corrections, shard.correction, torch.equal(before, shard.param)
+
+
+def test_model_only_load_starts_from_exactly_the_weights() -> None:
+    for had_corrections, correction, unchanged in run_ranks(2, _model_only):
+        assert had_corrections and not correction.any() and unchanged
+
+
+def _from_state_dict() -> tuple[Any, Any]:
+    import tiny_gpt
+
+    from megatron_flashoptim.codec import join_master
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup())
+    precise = {
+        name.removeprefix("module."): param.detach().float() * (1 + 2.0**-11)
+        for name, param in trainer.model[0].named_parameters()
+    }
+    trainer.optimizer.reload_model_params(state_dict={"model": precise})
+    (member,) = trainer.optimizer.chained_optimizers
+    (shard,) = member.optimizer.shards
+    masters = join_master(shard.param, shard.correction)
+    names = {p: n.removeprefix("module.") for n, p in trainer.model[0].named_parameters()}
+    pairs = [
+        (
+            masters[i.start : i.end].clone(),
+            precise[names[i.param]].view(-1)[i.param_start :][: i.end - i.start].clone(),
+        )
+        for i in member.shard_params
+    ]
+    return tuple(torch.cat(side) for side in zip(*pairs, strict=True))
+
+
+def test_masters_are_split_from_a_higher_precision_state_dict() -> None:
+    for masters, precise in run_ranks(2, _from_state_dict):
+        assert ((masters - precise).abs() <= 2.0**-16 * precise.abs()).all()
+        assert not torch.equal(precise, precise.bfloat16().float())
