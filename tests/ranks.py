@@ -41,10 +41,9 @@ def run_ranks(
             _wait(ranks, timeout)
         finally:
             _kill_with_children(ranks)
-        for rank in range(world_size):
-            error = Path(folder, f"{rank}.error")
-            if error.is_file():
-                raise AssertionError(f"rank {rank} of {world_size}:\n{error.read_text()}")
+        errors = sorted(Path(folder).glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+        if errors:  # the first is the cause, the others lost their peer
+            raise AssertionError(f"rank {errors[0].stem} of {world_size}:\n{errors[0].read_text()}")
         for rank, process in enumerate(ranks):
             assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
         return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]

@@ -78,11 +78,11 @@ class FlashChainedOptimizer(ChainedOptimizer):
     def describe(self) -> str:
         """Return one line: optimizer, bytes per owned parameter, rounding, launches per step."""
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        if not members:
+        owned = self.owned_parameters()
+        if not owned:
             return "no trainable parameters on this rank"
         flash = members[0].flash
         beta2 = max(group["betas"][1] for m in members for group in m.optimizer.param_groups)
-        owned = max(self.owned_parameters(), 1)
         launches = sum(bool(shard.segments) for m in members for shard in m.optimizer.shards)
         return (
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "

@@ -181,7 +181,8 @@ class FlashDistributedOptimizer(DistributedOptimizer):
                         )
                     )
                 shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash.master_bits))
-        device = self.buffers[0].grad_data.device
+        # Not a buffer's device: a rank whose parameters are all frozen has no buffer.
+        device = torch.device(torch.cuda.current_device())
         self.optimizer.attach(shards, [group_index for group_index, _ in rows], device)
         self._clip_handles = [
             self._clip_handle(row, norm_group) for (_, norm_group), row in rows.items()
