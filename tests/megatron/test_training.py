@@ -1,0 +1,136 @@
+"""Megatron's own training loop under the launcher: real processes, real data, real checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_flashoptim.megatron import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+# A checkout of Megatron-LM core_v0.19.0; its scripts are not in the megatron-core wheel.
+MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
+
+MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+--max-position-embeddings 64 --position-embedding-type rope --micro-batch-size 2
+--global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-decay-iters 8
+--weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --bf16 --use-distributed-optimizer
+--attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 257
+--eval-iters 1 --eval-interval 1000 --log-interval 2 --log-params-norm --log-num-zeros-in-grad
+--seed 1234""".split()
+LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+).*?params norm: ([\d.E+-]+)")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the corpus with the project's own script."""
+    folder = tmp_path_factory.mktemp("corpus")
+    script = ROOT / "scripts" / "prepare_corpus.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
+
+
+def _launch(script: Path, corpus: Path, *flags: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    device = [] if torch.cuda.is_available() else ["--device", "cpu"]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+            *("-m", "megatron_flashoptim.run", *device, str(script), *MODEL),
+            *(cpu.MEGATRON_FLAGS if device else ("--transformer-impl", "local")),
+            *("--train-data-path", str(corpus / "train_document")),
+            *("--valid-data-path", str(corpus / "valid_document")),
+            *("--data-cache-path", str(corpus / "cache"), *flags),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+
+
+def _train(script: Path, corpus: Path, *flags: str) -> dict[int, tuple[str, str]]:
+    """Return loss and parameter norm of each iteration, as printed."""
+    done = _launch(script, corpus, *flags)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(done.stdout)}
+    assert found, done.stdout[-3000:]
+    return found
+
+
+def _load_all(checkpoint: Path) -> dict[str, Any]:
+    """Return every tensor of a torch_dist checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {key: value for key, value in loaded.items() if torch.is_tensor(value)}
+
+
+def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
+    corpus: Path, tmp_path: Path
+) -> None:
+    script = ROOT / "scripts" / "pretrain_gpt.py"
+    flags = ("--optimizer", "flash_adamw", "--train-iters", "8", "--save-interval", "4")
+    whole = _train(script, corpus, *flags, "--save", str(tmp_path / "whole"))
+    resumed = _train(
+        script,
+        corpus,
+        *(*flags, "--save", str(tmp_path / "resumed")),
+        *("--load", str(tmp_path / "whole"), "--ckpt-step", "4"),
+    )
+    # Megatron also prints the first iteration after a start, on its own.
+    assert {i: whole[i] for i in (6, 8)} == {i: resumed[i] for i in (6, 8)}
+    assert min(resumed) == 5, "the checkpoint must have been loaded"
+    ours, theirs = (
+        run_ranks(1, _load_all, tmp_path / run / "iter_0000008")[0] for run in ("whole", "resumed")
+    )
+    assert ours.keys() == theirs.keys()
+    assert {t.dtype for t in ours.values()} >= {torch.int8, torch.uint8, torch.bfloat16}
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
+
+
+def test_flash_adamw_follows_adam_in_the_training_loop(corpus: Path) -> None:
+    script = ROOT / "scripts" / "pretrain_gpt.py"
+    adam = _train(script, corpus, "--optimizer", "adam", "--train-iters", "8")
+    flash = _train(script, corpus, "--optimizer", "flash_adamw", "--train-iters", "8")
+    assert adam.keys() == flash.keys()
+    for iteration in adam:
+        for ours, theirs in zip(flash[iteration], adam[iteration], strict=True):
+            assert float(ours) == pytest.approx(float(theirs), rel=5e-3)
+        assert float(flash[iteration][1]) > 1.0, "the params norm is never 0"
+
+
+def test_wrong_flags_end_the_launch_with_one_line(corpus: Path) -> None:
+    script = ROOT / "scripts" / "pretrain_gpt.py"
+    flags = ("--optimizer", "flash_adamw", "--train-iters", "1", "--fp8-param-gather")
+    done = _launch(script, corpus, *flags, ranks=1)
+    assert done.returncode != 0
+    assert "--optimizer flash_adamw cannot be used with --fp8-param-gather" in done.stderr
+
+
+def test_launcher_names_a_script_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "megatron_flashoptim.run", "no_such_script.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "SCRIPT 'no_such_script.py' is not a file" in done.stderr
+
+
+@pytest.mark.skipif(
+    MEGATRON_LM is None,
+    reason="needs MEGATRON_LM_PATH, a checkout of Megatron-LM core_v0.19.0 (not in the wheel)",
+)
+def test_unmodified_pretrain_gpt_of_megatron_lm_runs(corpus: Path, tmp_path: Path) -> None:
+    assert MEGATRON_LM is not None
+    flags = ("--optimizer", "flash_adamw", "--train-iters", "4", "--save-interval", "4")
+    script = Path(MEGATRON_LM) / "pretrain_gpt.py"
+    losses = _train(script, corpus, *flags, "--save", str(tmp_path))
+    assert losses.keys() >= {2, 4}
+    assert (tmp_path / "iter_0000004" / ".metadata").is_file()
