@@ -9,6 +9,9 @@ import triton.language as tl
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.kernels import codec
 
+# Warps per program of optim.segments.GROUPS_PER_TILE groups.
+NUM_WARPS = 8
+
 
 @triton.jit
 def _adamw_step_kernel(
@@ -154,7 +157,7 @@ def adamw_step_(
     master_bits: int,
     stochastic_exp_avg_sq: bool,
     stochastic_master: bool,
-    num_warps: int = 8,
+    num_warps: int = NUM_WARPS,
 ) -> None:
     """Launch the fused AdamW step on one shard.
 

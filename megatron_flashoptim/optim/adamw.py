@@ -8,7 +8,6 @@ from megatron_flashoptim.codec import moments, rounding, spec
 from megatron_flashoptim.codec.master import join_master, split_master_with_bits
 from megatron_flashoptim.optim import hyper
 from megatron_flashoptim.optim.hyper import HyperTable
-from megatron_flashoptim.optim.segments import GROUPS_PER_TILE
 from megatron_flashoptim.optim.shard import BucketShard
 
 # Groups the reference works on at once: bounds its temporary memory to about 100 MB.
@@ -54,9 +53,11 @@ def launch_adamw_kernel_(
     *,
     exp_avg_sq_rounding: spec.Rounding,
     master_rounding: spec.Rounding,
+    num_warps: int | None = None,
 ) -> None:
-    """Step one shard with the Triton kernel (modified in place)."""
+    """Step one shard with the Triton kernel (modified in place); ``num_warps`` for tuning."""
     # Imported here so that a machine without Triton can use the reference.
+    from megatron_flashoptim.kernels.adamw import NUM_WARPS
     from megatron_flashoptim.kernels.adamw import adamw_step_ as launch
 
     segments = shard.segments
@@ -76,10 +77,11 @@ def launch_adamw_kernel_(
         segments.tensor_id,
         segments.group_shift,
         segments.tile_segment,
-        groups_per_tile=GROUPS_PER_TILE,
+        groups_per_tile=segments.groups_per_tile,
         master_bits=shard.master_bits,
         stochastic_exp_avg_sq=exp_avg_sq_rounding == "stochastic",
         stochastic_master=master_rounding == "stochastic",
+        num_warps=num_warps or NUM_WARPS,
     )
 
 

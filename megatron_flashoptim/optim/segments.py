@@ -42,6 +42,7 @@ class SegmentTable:
             are padding and are counted to it.
         num_groups: groups of the shard.
         device: where the tables live.
+        groups_per_tile: groups that one kernel program works on, a power of two.
 
     Attributes:
         start, row, tensor_id, group_shift: int32 tensors, one element per segment;
@@ -55,13 +56,19 @@ class SegmentTable:
     """
 
     def __init__(
-        self, segments: Sequence[Segment], num_groups: int, device: torch.device | str
+        self,
+        segments: Sequence[Segment],
+        num_groups: int,
+        device: torch.device | str,
+        *,
+        groups_per_tile: int = GROUPS_PER_TILE,
     ) -> None:
         starts = [segment.start for segment in segments]
         if starts != sorted(set(starts)) or any(not 0 <= s < num_groups for s in starts):
             raise ValueError(f"segment starts must ascend within {num_groups} groups: {starts}")
         self.segments = tuple(segments)
         self.num_groups = num_groups
+        self.groups_per_tile = groups_per_tile
 
         def table(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64).to(torch.int32).to(device)
@@ -71,7 +78,7 @@ class SegmentTable:
         self.row = table([s.row for s in segments])
         self.tensor_id = table([s.tensor_id for s in segments])
         self.group_shift = table([s.first_group - s.start for s in segments])
-        tiles = range(0, num_groups, GROUPS_PER_TILE)
+        tiles = range(0, num_groups, groups_per_tile)
         boundaries = torch.tensor([0, *starts[1:]] if starts else [0], dtype=torch.int64)
         first = torch.searchsorted(boundaries, torch.tensor(list(tiles)), right=True) - 1
         last = torch.tensor([max(len(segments) - 1, 0)])

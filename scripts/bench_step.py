@@ -1,0 +1,350 @@
+#!/usr/bin/env python3
+"""Time one fused AdamW step of a bucket shard on a GPU, beside its ceiling and other optimizers.
+
+First a gate: the compiled kernel must agree bit for bit with the plain PyTorch reference, or
+nothing is timed. Then, in one run on the same device: a device-to-device copy (the ceiling), this
+project's step, flashoptim's fused step where the package is importable, and torch's fused AdamW on
+fp32 followed by a copy to bf16.
+
+    python scripts/bench_step.py --json step.json
+    python scripts/bench_step.py --numel 1e6 4e6 40e6 --params 300 --grad-dtype bf16
+
+Bytes count every tensor read once and written once. Needs an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS, ROUNDINGS
+from megatron_flashoptim.kernels.adamw import NUM_WARPS
+from megatron_flashoptim.optim import BucketShard
+from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
+from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.segments import GROUPS_PER_TILE, Segment, SegmentTable
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Distinct sets of tensors that small sizes rotate among, so that the L2 cache holds none of them.
+CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: milliseconds are per step over ``numel`` elements."""
+
+    what: str
+    numel: int
+    params: int
+    grad_dtype: str
+    master_bits: int
+    rounding: str
+    bytes_per_element: float
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    ms_per_1b: float
+    gb_per_s: float
+    share_of_copy: float | None
+    tile: int
+    warps: int
+
+
+def make_shard(
+    numel: int, grad_dtype: str, master_bits: int, params: int, *, tile: int, device: str = "cuda"
+) -> BucketShard:
+    """Return a shard of ``params`` equal parameters with random weights and gradients."""
+    groups = numel // GROUP_SIZE
+    starts = sorted({index * groups // params for index in range(params)})
+    segments = [Segment(start, n % 2, 12345 + n, 0) for n, start in enumerate(starts)]
+    generator = torch.Generator(device).manual_seed(numel)
+    weight = torch.randn(numel, device=device, generator=generator).mul_(0.02)
+    grad = torch.randn(numel, device=device, generator=generator).mul_(1e-3)
+    return BucketShard(
+        param=weight.to(torch.bfloat16),
+        grad=grad.to(DTYPES[grad_dtype]),
+        segments=SegmentTable(segments, groups, device, groups_per_tile=tile),
+        master_bits=master_bits,
+    )
+
+
+def make_table(step: int, device: str = "cuda") -> HyperTable:
+    """Return the hyper-parameters of two param groups at a step, with clipping at work."""
+    table = HyperTable(2, device)
+    table.fill(
+        [
+            AdamHyper(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=step),
+            AdamHyper(lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8, step=step),
+        ],
+        seed=1,
+    )
+    table.grad_scale.fill_(0.73)
+    return table
+
+
+def gate(tile: int, warps: int) -> int:
+    """Compare kernel and reference bit for bit; return the number of combinations checked.
+
+    Raises:
+        SystemExit: names the first tensor that differs.
+    """
+    combinations = itertools.product(DTYPES, MASTER_BITS, ROUNDINGS, ROUNDINGS)
+    checked = 0
+    for grad_dtype, bits, rounding, master_rounding in combinations:
+        ours, reference = (
+            make_shard(70016, grad_dtype, bits, 37, tile=tile, device="cpu") for _ in range(2)
+        )
+        on_gpu = _to_gpu(ours, tile)
+        for step in range(1, 4):
+            scale = 10.0 ** torch.randint(-12, 3, (reference.grad.numel() // 64, 1)).float()
+            grad = (torch.randn(len(scale), 64) * scale).view(-1)
+            reference.grad.copy_(grad)
+            on_gpu.grad.copy_(reference.grad)
+            options: dict[str, Any] = {
+                "exp_avg_sq_rounding": rounding,
+                "master_rounding": master_rounding,
+            }
+            reference_adamw_step_(reference, make_table(step, "cpu"), **options)
+            launch_adamw_kernel_(on_gpu, make_table(step), num_warps=warps, **options)
+            named = [("param", reference.param, on_gpu.param)]
+            named += [
+                (name, tensor, dict(on_gpu.state())[name]) for name, tensor in reference.state()
+            ]
+            for name, expected, got in named:
+                same = torch.equal(expected.view(torch.uint8), got.cpu().view(torch.uint8))
+                if not same:
+                    count = int((expected.float() != got.cpu().float()).sum())
+                    raise SystemExit(
+                        f"kernel and reference differ in {count} of {expected.numel()} elements "
+                        f"of {name}: step {step}, {grad_dtype} gradients, {bits} bits, "
+                        f"{rounding}/{master_rounding} rounding"
+                    )
+        checked += 1
+    return checked
+
+
+def _to_gpu(shard: BucketShard, tile: int) -> BucketShard:
+    segments = SegmentTable(shard.segments.segments, shard.num_groups, "cuda", groups_per_tile=tile)
+    return BucketShard(shard.param.cuda(), shard.grad.cuda(), segments, shard.master_bits)
+
+
+def time_ms(launches: list[Callable[[], Any]], repeats: int) -> tuple[float, float, float]:
+    """Return p20, p50 and p80 of the milliseconds per launch, taking turns over ``launches``.
+
+    Short launches are timed in runs long enough for the event clock, so that the host's own
+    overhead shows only where the GPU waits for it.
+    """
+    for launch in launches * 3:
+        launch()
+    torch.cuda.synchronize()
+    once = _elapsed(launches[:1])
+    inner = max(1, int(2.0 / max(once, 1e-3)))
+    turns = itertools.cycle(launches)
+    samples = sorted(_elapsed([next(turns) for _ in range(inner)]) / inner for _ in range(repeats))
+    return tuple(samples[int(q * (repeats - 1))] for q in (0.2, 0.5, 0.8))  # type: ignore[return-value]
+
+
+def _elapsed(launches: list[Callable[[], Any]]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for launch in launches:
+        launch()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+class Bench:
+    """Measures rows against the copy ceiling of the same run."""
+
+    def __init__(self, repeats: int, tile: int, warps: int) -> None:
+        self.repeats = repeats
+        self.tile = tile
+        self.warps = warps
+        self.rows: list[Row] = []
+        self.copy_gb_per_s: float | None = None
+
+    def copy(self, numel: int = 1 << 30) -> None:
+        """Measure a device-to-device copy of ``numel`` bytes, read once and written once."""
+        source = torch.randint(256, (numel,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        self._add("copy", numel, [lambda: target.copy_(source)], 2.0)
+        self.copy_gb_per_s = self.rows[-1].gb_per_s
+
+    def ours(self, numel: int, grad: str, bits: int, rounding: str, params: int) -> None:
+        """Measure this project's step."""
+        per_element = 2 * (2 + bits // 8 - 2 + 2 + 4 / 32) + DTYPES[grad].itemsize
+        sets = max(1, int(CACHE_BYTES // (numel * per_element)))
+        table = make_table(10)
+        options: dict[str, Any] = {
+            "exp_avg_sq_rounding": rounding,
+            "master_rounding": "stochastic" if bits == 16 else "nearest",
+            "num_warps": self.warps,
+        }
+        shards = [make_shard(numel, grad, bits, params, tile=self.tile) for _ in range(sets)]
+
+        def launch(shard: BucketShard) -> Callable[[], None]:
+            return lambda: launch_adamw_kernel_(shard, table, **options)
+
+        launches = [launch(shard) for shard in shards]
+        self._add("flash_adamw", numel, launches, per_element, grad, bits, rounding, params)
+
+    def flashoptim(self, numel: int, grad: str) -> None:
+        """Measure flashoptim's fused step on the same number of elements, one parameter."""
+        if importlib.util.find_spec("flashoptim") is None:
+            return
+        from flashoptim.optimizers import _fused_adam_step
+
+        state = make_shard(numel, grad, 24, 1, tile=self.tile)
+        scales = torch.zeros(2, numel // GROUP_SIZE, dtype=torch.float16, device="cuda")
+
+        def launch() -> None:
+            _fused_adam_step(
+                *(state.exp_avg, scales[0], state.exp_avg_sq, scales[1]),
+                *(state.param, state.grad, state.correction),
+                *(1e-3, 0.9, 0.95, 1e-8, 0.1, True, 10),
+            )
+
+        per_element = 10.25 + DTYPES[grad].itemsize
+        version = importlib.metadata.version("flashoptim")
+        self._add(f"flashoptim {version}", numel, [launch], per_element, grad, 24, "nearest")
+
+    def torch_fused(self, numel: int) -> None:
+        """Measure torch's fused AdamW on fp32 plus a copy of the weights to bf16."""
+        weight = torch.nn.Parameter(torch.randn(numel, device="cuda"))
+        weight.grad = torch.randn_like(weight)
+        low = torch.empty(numel, dtype=torch.bfloat16, device="cuda")
+        optimizer = torch.optim.AdamW([weight], fused=True)
+
+        def launch() -> None:
+            optimizer.step()
+            low.copy_(weight.detach())
+
+        # fp32 weight, two moments: read and written; gradient read; weight read, bf16 written.
+        self._add("torch AdamW(fused) + bf16 copy", numel, [launch], 34.0, "fp32", 32)
+
+    def _add(
+        self,
+        what: str,
+        numel: int,
+        launches: list[Callable[[], Any]],
+        per_element: float,
+        grad: str = "-",
+        bits: int = 0,
+        rounding: str = "-",
+        params: int = 1,
+    ) -> None:
+        p20, p50, p80 = time_ms(launches, self.repeats)
+        rate = numel * per_element / p50 / 1e6
+        row = Row(
+            what=what,
+            numel=numel,
+            params=params,
+            grad_dtype=grad,
+            master_bits=bits,
+            rounding=rounding,
+            bytes_per_element=per_element,
+            p20_ms=p20,
+            p50_ms=p50,
+            p80_ms=p80,
+            ms_per_1b=p50 / numel * 1e9,
+            gb_per_s=rate,
+            share_of_copy=rate / self.copy_gb_per_s if self.copy_gb_per_s else None,
+            tile=self.tile,
+            warps=self.warps,
+        )
+        self.rows.append(row)
+        print(format_row(row), flush=True)
+        torch.cuda.empty_cache()
+
+
+HEADER = (
+    f"{'what':32} {'elements':>11} {'params':>6} {'grad':>5} {'bits':>4} {'rounding':>10} "
+    f"{'p20 ms':>8} {'p50 ms':>8} {'p80 ms':>8} {'ms/1B':>7} {'GB/s':>6} {'of copy':>8}"
+)
+
+
+def format_row(row: Row) -> str:
+    """Return the row as a line under ``HEADER``."""
+    share = f"{row.share_of_copy:.1%}" if row.share_of_copy is not None else "-"
+    return (
+        f"{row.what:32} {row.numel:>11} {row.params:>6} {row.grad_dtype:>5} "
+        f"{row.master_bits or '-':>4} {row.rounding:>10} {row.p20_ms:8.4f} {row.p50_ms:8.4f} "
+        f"{row.p80_ms:8.4f} {row.ms_per_1b:7.3f} {row.gb_per_s:6.0f} {share:>8}"
+    )
+
+
+def environment() -> dict[str, str]:
+    """Return device, versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": importlib.metadata.version("triton"),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def sizes(values: list[float]) -> Iterator[int]:
+    """Yield element counts rounded down to whole groups."""
+    for value in values:
+        yield int(value) // GROUP_SIZE * GROUP_SIZE
+
+
+def main() -> None:
+    """Check, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--numel", type=float, nargs="+", default=[2.0**29], help="elements")
+    parser.add_argument("--params", type=int, default=300, help="parameters in the bucket")
+    parser.add_argument("--grad-dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--master-bits", type=int, choices=MASTER_BITS, nargs="+", default=[24])
+    parser.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=list(ROUNDINGS))
+    parser.add_argument("--repeats", type=int, default=30, help="samples per row")
+    parser.add_argument("--tile", type=int, default=GROUPS_PER_TILE, help="groups per program")
+    parser.add_argument("--warps", type=int, default=NUM_WARPS, help="warps per program")
+    parser.add_argument("--ours-only", action="store_true", help="leave out other optimizers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU")
+    where = environment()
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    checked = gate(options.tile, options.warps)
+    print(f"gate: kernel equals the reference bit for bit in {checked} combinations, 3 steps each")
+    print(HEADER)
+    bench = Bench(options.repeats, options.tile, options.warps)
+    bench.copy()
+    for numel in sizes(options.numel):
+        for grad, bits, rounding in itertools.product(
+            options.grad_dtype, options.master_bits, options.rounding
+        ):
+            bench.ours(numel, grad, bits, rounding, options.params)
+        if not options.ours_only:
+            for grad in options.grad_dtype:
+                bench.flashoptim(numel, grad)
+            bench.torch_fused(numel)
+    if options.json:
+        report = {"environment": where, "checked": checked, "rows": [asdict(r) for r in bench.rows]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
