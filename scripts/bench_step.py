@@ -28,11 +28,11 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS, ROUNDINGS
-from megatron_flashoptim.kernels.adamw import NUM_WARPS
+from megatron_flashoptim.kernels.adamw import GROUPS_PER_PROGRAM, NUM_WARPS
 from megatron_flashoptim.optim import BucketShard
 from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
-from megatron_flashoptim.optim.segments import GROUPS_PER_TILE, Segment, SegmentTable
+from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Distinct sets of tensors that small sizes rotate among, so that the L2 cache holds none of them.
@@ -56,12 +56,12 @@ class Row:
     ms_per_1b: float
     gb_per_s: float
     share_of_copy: float | None
-    tile: int
-    warps: int
+    groups_per_program: int
+    num_warps: int
 
 
 def make_shard(
-    numel: int, grad_dtype: str, master_bits: int, params: int, *, tile: int, device: str = "cuda"
+    numel: int, grad_dtype: str, master_bits: int, params: int, *, device: str = "cuda"
 ) -> BucketShard:
     """Return a shard of ``params`` equal parameters with random weights and gradients."""
     groups = numel // GROUP_SIZE
@@ -73,7 +73,7 @@ def make_shard(
     return BucketShard(
         param=weight.to(torch.bfloat16),
         grad=grad.to(DTYPES[grad_dtype]),
-        segments=SegmentTable(segments, groups, device, groups_per_tile=tile),
+        segments=SegmentTable(segments, groups, device),
         master_bits=master_bits,
     )
 
@@ -92,7 +92,7 @@ def make_table(step: int, device: str = "cuda") -> HyperTable:
     return table
 
 
-def gate(tile: int, warps: int) -> int:
+def gate(tuning: dict[str, Any]) -> int:
     """Compare kernel and reference bit for bit; return the number of combinations checked.
 
     Raises:
@@ -101,10 +101,8 @@ def gate(tile: int, warps: int) -> int:
     combinations = itertools.product(DTYPES, MASTER_BITS, ROUNDINGS, ROUNDINGS)
     checked = 0
     for grad_dtype, bits, rounding, master_rounding in combinations:
-        ours, reference = (
-            make_shard(70016, grad_dtype, bits, 37, tile=tile, device="cpu") for _ in range(2)
-        )
-        on_gpu = _to_gpu(ours, tile)
+        ours, reference = (make_shard(70016, grad_dtype, bits, 37, device="cpu") for _ in range(2))
+        on_gpu = _to_gpu(ours)
         for step in range(1, 4):
             scale = 10.0 ** torch.randint(-12, 3, (reference.grad.numel() // 64, 1)).float()
             grad = (torch.randn(len(scale), 64) * scale).view(-1)
@@ -115,7 +113,7 @@ def gate(tile: int, warps: int) -> int:
                 "master_rounding": master_rounding,
             }
             reference_adamw_step_(reference, make_table(step, "cpu"), **options)
-            launch_adamw_kernel_(on_gpu, make_table(step), num_warps=warps, **options)
+            launch_adamw_kernel_(on_gpu, make_table(step), **options, **tuning)
             named = [("param", reference.param, on_gpu.param)]
             named += [
                 (name, tensor, dict(on_gpu.state())[name]) for name, tensor in reference.state()
@@ -133,8 +131,8 @@ def gate(tile: int, warps: int) -> int:
     return checked
 
 
-def _to_gpu(shard: BucketShard, tile: int) -> BucketShard:
-    segments = SegmentTable(shard.segments.segments, shard.num_groups, "cuda", groups_per_tile=tile)
+def _to_gpu(shard: BucketShard) -> BucketShard:
+    segments = SegmentTable(shard.segments.segments, shard.num_groups, "cuda")
     return BucketShard(shard.param.cuda(), shard.grad.cuda(), segments, shard.master_bits)
 
 
@@ -167,10 +165,9 @@ def _elapsed(launches: list[Callable[[], Any]]) -> float:
 class Bench:
     """Measures rows against the copy ceiling of the same run."""
 
-    def __init__(self, repeats: int, tile: int, warps: int) -> None:
+    def __init__(self, repeats: int, tuning: dict[str, int]) -> None:
         self.repeats = repeats
-        self.tile = tile
-        self.warps = warps
+        self.tuning = tuning
         self.rows: list[Row] = []
         self.copy_gb_per_s: float | None = None
 
@@ -189,9 +186,9 @@ class Bench:
         options: dict[str, Any] = {
             "exp_avg_sq_rounding": rounding,
             "master_rounding": "stochastic" if bits == 16 else "nearest",
-            "num_warps": self.warps,
+            **self.tuning,
         }
-        shards = [make_shard(numel, grad, bits, params, tile=self.tile) for _ in range(sets)]
+        shards = [make_shard(numel, grad, bits, params) for _ in range(sets)]
 
         def launch(shard: BucketShard) -> Callable[[], None]:
             return lambda: launch_adamw_kernel_(shard, table, **options)
@@ -205,7 +202,7 @@ class Bench:
             return
         from flashoptim.optimizers import _fused_adam_step
 
-        state = make_shard(numel, grad, 24, 1, tile=self.tile)
+        state = make_shard(numel, grad, 24, 1)
         scales = torch.zeros(2, numel // GROUP_SIZE, dtype=torch.float16, device="cuda")
 
         def launch() -> None:
@@ -260,8 +257,7 @@ class Bench:
             ms_per_1b=p50 / numel * 1e9,
             gb_per_s=rate,
             share_of_copy=rate / self.copy_gb_per_s if self.copy_gb_per_s else None,
-            tile=self.tile,
-            warps=self.warps,
+            **self.tuning,
         )
         self.rows.append(row)
         print(format_row(row), flush=True)
@@ -318,8 +314,10 @@ def main() -> None:
     parser.add_argument("--master-bits", type=int, choices=MASTER_BITS, nargs="+", default=[24])
     parser.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=list(ROUNDINGS))
     parser.add_argument("--repeats", type=int, default=30, help="samples per row")
-    parser.add_argument("--tile", type=int, default=GROUPS_PER_TILE, help="groups per program")
-    parser.add_argument("--warps", type=int, default=NUM_WARPS, help="warps per program")
+    parser.add_argument(
+        "--groups-per-program", type=int, default=GROUPS_PER_PROGRAM, help="groups per program"
+    )
+    parser.add_argument("--num-warps", type=int, default=NUM_WARPS, help="warps per program")
     parser.add_argument("--ours-only", action="store_true", help="leave out other optimizers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args()
@@ -327,10 +325,14 @@ def main() -> None:
         parser.error("needs an NVIDIA GPU")
     where = environment()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    checked = gate(options.tile, options.warps)
+    tuning = {
+        "groups_per_program": options.groups_per_program,
+        "num_warps": options.num_warps,
+    }
+    checked = gate(tuning)
     print(f"gate: kernel equals the reference bit for bit in {checked} combinations, 3 steps each")
     print(HEADER)
-    bench = Bench(options.repeats, options.tile, options.warps)
+    bench = Bench(options.repeats, tuning)
     bench.copy()
     for numel in sizes(options.numel):
         for grad, bits, rounding in itertools.product(

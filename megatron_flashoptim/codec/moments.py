@@ -155,7 +155,9 @@ def encode_exp_avg_sq_groups(
     scale_bits = _scale_bits(max_bits, rounded)
     scale = _bf16_bits_to_fp32(scale_bits)
     max_code = float(spec.EXP_AVG_SQ_MAX_CODE)
-    level = torch.minimum(root * (max_code / scale), torch.tensor(max_code, device=v.device))
+    # A tensor over a tensor: PyTorch computes a number over a tensor by way of the reciprocal.
+    per_scale = torch.full_like(scale, max_code) / scale
+    level = (root * per_scale).clamp(max=max_code)
     shift = 0.5 if random is None else _rounding.uniform_from_bits(random)
     code = torch.floor(level + shift).clamp(max=max_code)
     # A zero v would make the next update explode; see the module docstring.

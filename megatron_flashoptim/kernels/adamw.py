@@ -9,8 +9,10 @@ import triton.language as tl
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.kernels import codec
 
-# Warps per program of optim.segments.GROUPS_PER_TILE groups.
-NUM_WARPS = 8
+# Groups of 32 and warps per program: the fastest of {32, 64, 128} x {4, 8} on an H100
+# (docs/benchmarks).
+GROUPS_PER_PROGRAM = 32
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -35,17 +37,22 @@ def _adamw_step_kernel(
     STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
     STOCHASTIC_MASTER: tl.constexpr,
     HYPER_COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program steps GROUPS groups of GROUP elements; MASTER_BITS 0 is an fp32 param."""
-    tile = tl.program_id(0)
-    group = tile * GROUPS + tl.arange(0, GROUPS)
+    """One program steps GROUPS groups of GROUP elements; MASTER_BITS 0 is an fp32 param.
+
+    A tile of the segment table has TILE groups, a multiple of GROUPS.
+    """
+    program = tl.program_id(0)
+    group = program * GROUPS + tl.arange(0, GROUPS)
     mask = (group < num_groups)[:, None]
     lane = tl.arange(0, GROUP)
     offsets = group.to(tl.int64)[:, None] * GROUP + lane[None, :]
 
     # Which segment each group belongs to: start from the tile's first, step over later starts.
+    tile = program // (TILE // GROUPS)
     first = tl.load(tile_segment_ptr + tile)
     last = tl.load(tile_segment_ptr + tile + 1)
     segment = tl.zeros([GROUPS], tl.int32) + first
@@ -157,6 +164,7 @@ def adamw_step_(
     master_bits: int,
     stochastic_exp_avg_sq: bool,
     stochastic_master: bool,
+    groups_per_program: int = GROUPS_PER_PROGRAM,
     num_warps: int = NUM_WARPS,
 ) -> None:
     """Launch the fused AdamW step on one shard.
@@ -181,13 +189,16 @@ def adamw_step_(
         master_bits: 16, 24 or 32; ignored for an fp32 ``param``.
         stochastic_exp_avg_sq: round the second moment stochastically.
         stochastic_master: round the master weight stochastically.
+        groups_per_program: groups a program works on, a power of two that divides
+            ``groups_per_tile``.
         num_warps: warps per program.
 
     Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
     ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
     """
     num_groups = param.numel() // GROUP_SIZE
-    grid = (triton.cdiv(num_groups, groups_per_tile),)
+    groups_per_program = min(groups_per_program, groups_per_tile)
+    grid = (triton.cdiv(num_groups, groups_per_program),)
     _adamw_step_kernel[grid](
         param,
         correction,
@@ -209,7 +220,8 @@ def adamw_step_(
         STOCHASTIC_EXP_AVG_SQ=stochastic_exp_avg_sq,
         STOCHASTIC_MASTER=stochastic_master,
         HYPER_COLUMNS=hyper.shape[1],
-        GROUPS=groups_per_tile,
+        TILE=groups_per_tile,
+        GROUPS=groups_per_program,
         GROUP=GROUP_SIZE,
         num_warps=num_warps,
         enable_fp_fusion=False,

@@ -53,11 +53,10 @@ def launch_adamw_kernel_(
     *,
     exp_avg_sq_rounding: spec.Rounding,
     master_rounding: spec.Rounding,
-    num_warps: int | None = None,
+    **tuning: int,
 ) -> None:
-    """Step one shard with the Triton kernel (modified in place); ``num_warps`` for tuning."""
+    """Step one shard with the Triton kernel (modified in place); ``tuning`` is passed to it."""
     # Imported here so that a machine without Triton can use the reference.
-    from megatron_flashoptim.kernels.adamw import NUM_WARPS
     from megatron_flashoptim.kernels.adamw import adamw_step_ as launch
 
     segments = shard.segments
@@ -81,7 +80,7 @@ def launch_adamw_kernel_(
         master_bits=shard.master_bits,
         stochastic_exp_avg_sq=exp_avg_sq_rounding == "stochastic",
         stochastic_master=master_rounding == "stochastic",
-        num_warps=num_warps or NUM_WARPS,
+        **tuning,
     )
 
 

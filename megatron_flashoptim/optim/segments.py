@@ -1,8 +1,8 @@
 """SegmentTable: which parameter, and so which hyper-parameters, a quantization group has.
 
 A shard is a sequence of segments, one per parameter that has elements in it. A kernel program
-works on a tile of ``GROUPS_PER_TILE`` groups and walks the few segments that meet its tile, so
-that one launch serves parameters of different weight decay, learning rate and gradient scale.
+works within one tile of ``GROUPS_PER_TILE`` groups and walks the few segments that meet the tile,
+so that one launch serves parameters of different weight decay, learning rate and gradient scale.
 The table costs 4 bytes per tile (0.002 byte per parameter) and 16 bytes per segment.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Groups of 32 per kernel program; see docs/how-it-works.md for the measurement.
+# Groups of 32 per entry of the tile table: few enough to meet few segments, many enough that the
+# table adds 0.002 byte per parameter. A kernel program works on a part of a tile.
 GROUPS_PER_TILE = 64
 
 
@@ -42,7 +43,7 @@ class SegmentTable:
             are padding and are counted to it.
         num_groups: groups of the shard.
         device: where the tables live.
-        groups_per_tile: groups that one kernel program works on, a power of two.
+        groups_per_tile: groups per entry of the tile table, a power of two.
 
     Attributes:
         start, row, tensor_id, group_shift: int32 tensors, one element per segment;

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs the tests: sets up .venv with what they need, then pytest. Options go to pytest:
+#
+#   scripts/test.sh                       everything
+#   scripts/test.sh tests/codec -k sqrt   a part
+#
+# MEGATRON_LM_PATH names a checkout of Megatron-LM core_v0.19.0; with it, its unmodified
+# pretrain_gpt.py is run too. PYTHON and VENV are those of scripts/quickstart.sh.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment dev
+cd "$REPO"
+exec "$VENV_PYTHON" -m pytest "$@"

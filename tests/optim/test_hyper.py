@@ -1,0 +1,106 @@
+"""HyperTable: what the kernel reads is what was given, rounded to fp32 once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_flashoptim.codec import rounding, spec
+from megatron_flashoptim.optim import hyper
+from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+
+ROWS = [
+    AdamHyper(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=1),
+    AdamHyper(lr=3e-7, weight_decay=0.0, beta1=0.0, beta2=0.999, eps=1e-15, step=100_000),
+    AdamHyper(2.0, 0.01, 0.5, 0.5, 0.0, step=3, bias_correction=False),
+]
+
+
+def _filled(seed: int = 7) -> HyperTable:
+    table = HyperTable(len(ROWS), "cpu")
+    table.fill(ROWS, seed=seed)
+    return table
+
+
+def _column(table: HyperTable, column: int) -> list[np.float32]:
+    return [np.float32(value) for value in table.values[:, column].tolist()]
+
+
+def test_every_value_is_read_back_rounded_to_fp32() -> None:
+    table = _filled()
+    for column, name in (
+        (hyper.LR, "lr"),
+        (hyper.WEIGHT_DECAY, "weight_decay"),
+        (hyper.BETA1, "beta1"),
+        (hyper.BETA2, "beta2"),
+        (hyper.EPS, "eps"),
+    ):
+        assert _column(table, column) == [np.float32(getattr(row, name)) for row in ROWS], name
+
+
+def test_complements_of_the_betas_are_taken_before_rounding() -> None:
+    """1 - beta2 from fp32 beta2 = 0.999 would be off by 5e-5."""
+    table = _filled()
+    ones = _column(table, hyper.ONE_MINUS_BETA1), _column(table, hyper.ONE_MINUS_BETA2)
+    assert ones[0] == [np.float32(1 - row.beta1) for row in ROWS]
+    assert ones[1] == [np.float32(1 - row.beta2) for row in ROWS]
+
+
+def test_bias_corrections_are_the_inverses_of_1_minus_beta_to_the_step() -> None:
+    table = _filled()
+    first = _column(table, hyper.INVERSE_BIAS_CORRECTION1)
+    second = _column(table, hyper.INVERSE_SQRT_BIAS_CORRECTION2)
+    corrected = ROWS[:2]
+    assert first[:2] == [np.float32(1 / (1 - r.beta1**r.step)) for r in corrected]
+    assert second[:2] == [np.float32((1 - r.beta2**r.step) ** -0.5) for r in corrected]
+    assert (first[2], second[2]) == (1, 1)  # no bias correction asked for
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**40])
+def test_keys_are_those_of_seed_step_and_stream(seed: int) -> None:
+    """All 32 bits survive: as fp32 some keys would be NaNs whose bits a copy may change."""
+    keys = _filled(seed).keys.to(torch.int64) & 0xFFFFFFFF
+    for column, stream in (
+        (hyper.KEY_EXP_AVG_SQ, spec.STREAM_EXP_AVG_SQ),
+        (hyper.KEY_EXP_AVG_SQ_SCALE, spec.STREAM_EXP_AVG_SQ_SCALE),
+        (hyper.KEY_MASTER, spec.STREAM_MASTER),
+    ):
+        expected = [rounding.launch_key(seed, row.step, stream) for row in ROWS]
+        assert keys[:, column].tolist() == expected
+
+
+def test_values_and_keys_are_one_storage_of_distinct_columns() -> None:
+    table = _filled()
+    assert table.values.data_ptr() == table.keys.data_ptr()
+    columns = [value for name, value in vars(hyper).items() if name.isupper() and name != "COLUMNS"]
+    assert sorted(columns) == list(range(hyper.COLUMNS))
+    assert table.keys.shape == (3, hyper.COLUMNS)
+
+
+def test_refilling_replaces_every_row() -> None:
+    table = _filled()
+    table.fill(ROWS[::-1], seed=8)
+    fresh = HyperTable(3, "cpu")
+    fresh.fill(ROWS[::-1], seed=8)
+    assert torch.equal(table.keys, fresh.keys)
+
+
+def test_gradients_are_not_scaled_until_asked() -> None:
+    assert HyperTable(2, "cpu").grad_scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_another_number_of_rows_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"the table has 3 rows, got {count}"):
+        HyperTable(3, "cpu").fill((ROWS * 2)[:count], seed=0)
+
+
+def test_a_table_without_rows_can_be_filled() -> None:
+    table = HyperTable(0, "cpu")
+    table.fill([], seed=0)
+    assert len(table) == 0 and table.nbytes() == 0
+
+
+def test_nbytes_counts_table_and_gradient_scales() -> None:
+    assert HyperTable(3, "cpu").nbytes() == 3 * (hyper.COLUMNS + 1) * 4
