@@ -80,7 +80,10 @@ def _adamw_step_kernel(
     group_mask = group < num_groups
     exp_avg_scale = tl.load(exp_avg_scale_ptr + group, mask=group_mask, other=0.0)
     exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=group_mask, other=0.0)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * grad_scale
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    if grad_ptr.dtype.element_ty == tl.bfloat16:
+        grad = codec.bf16_to_fp32(grad)
+    grad = grad * grad_scale
     param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
     if MASTER_BITS == 0:
         weight = param

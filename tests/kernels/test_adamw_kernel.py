@@ -14,7 +14,6 @@ from shards import GROUP, GuardedShard, Parameter, assert_same_state, is_unchang
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
-from megatron_flashoptim.optim.segments import GROUPS_PER_TILE
 
 # Two whole tiles of 64 groups and a part of a third. Padding lies before the first parameter and
 # after two others; five parameters meet the first tile, one begins with the second, one spans two.
@@ -84,6 +83,7 @@ def _check_against_reference(
     *,
     steps: int = 2,
     rounding: dict[str, spec.Rounding],
+    tuning: dict[str, int] | None = None,
     **shard: object,
 ) -> tuple[GuardedShard, GuardedShard]:
     """Step the kernel on ``device`` and the reference on the CPU, side by side."""
@@ -98,7 +98,7 @@ def _check_against_reference(
         table.fill(_hyper(step), seed=3)
         reference_table.fill(_hyper(step), seed=3)
         values = table.keys.clone()
-        launch_adamw_kernel_(kernel, table, **rounding)
+        launch_adamw_kernel_(kernel, table, **rounding, **(tuning or {}))
         reference_adamw_step_(reference, reference_table, **rounding)
         assert_same_state(kernel, reference, f"step {step}:")
         assert is_unchanged(kernel.grad, grad)
@@ -216,13 +216,30 @@ def test_kernel_equals_reference_for_any_number_of_groups(device: str, groups: i
     _check_against_reference(device, rounding=STOCHASTIC, parameters=parameters, groups=groups)
 
 
-@pytest.mark.parametrize("groups_per_tile", sorted({1, 16, 32, 128, GROUPS_PER_TILE}))
-def test_kernel_equals_reference_for_any_tile_size(device: str, groups_per_tile: int) -> None:
-    _check_against_reference(device, rounding=STOCHASTIC, groups_per_tile=groups_per_tile)
+@pytest.mark.parametrize(
+    ("groups_per_tile", "groups_per_program"),
+    [(8, 8), (16, 32), (32, 32), (64, 8), (64, 16), (64, 64), (128, 32), (128, 128)],
+)
+def test_kernel_equals_reference_for_any_tile_and_program_size(
+    device: str, groups_per_tile: int, groups_per_program: int
+) -> None:
+    """Programs work on a tile of the segment table, or on a part of one."""
+    _check_against_reference(
+        device,
+        rounding=STOCHASTIC,
+        tuning={"groups_per_program": groups_per_program},
+        groups_per_tile=groups_per_tile,
+    )
+
+
+@pytest.mark.parametrize("num_warps", [1, 2, 8])
+def test_kernel_equals_reference_for_any_number_of_warps(device: str, num_warps: int) -> None:
+    """Compiled, the reductions over a group are laid out by it; the interpreter ignores it."""
+    _check_against_reference(device, rounding=STOCHASTIC, tuning={"num_warps": num_warps})
 
 
 def test_every_group_may_be_its_own_parameter(device: str) -> None:
-    """A tile of 64 segments, the most that it can have."""
+    """As many segments as a tile can have."""
     parameters = tuple(
         Parameter(start=group, groups=1, row=group % 3, tensor_id=1000 + group)
         for group in range(130)
