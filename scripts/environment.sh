@@ -14,6 +14,7 @@
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$REPO/.venv}"
+case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 VENV_PYTHON="$VENV/bin/python"
 # torch brings the CUDA libraries: 5.3 GB once installed.
 VENV_KILOBYTES=6000000
@@ -152,6 +153,8 @@ in a Linux container or under WSL 2"
     fi
     echo "installing into $VENV; the first time this downloads about 3 GB"
     for file in "${requirements[@]}"; do options+=(--requirement "$file"); done
+    # A line for each package that is there already helps nobody.
+    if [ -f "$VENV/installed-run" ]; then options+=(--quiet); fi
     _pip_install "${options[@]}"
     _pip_install --quiet --no-deps --no-build-isolation --editable "$REPO"
     _fingerprint "$REPO/scripts/requirements.txt" >"$VENV/installed-run"

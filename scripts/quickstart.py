@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import quickstart_report
-from quickstart_runs import Launcher, RunFailed, read_arguments, shown, value_of
+from quickstart_runs import Launcher, RunFailed, read_arguments, run_logged, shown, value_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL_FILE = REPOSITORY / "configs" / "quickstart_gpt.args"
@@ -69,9 +69,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--iterations",
         type=int,
-        default=500,
+        default=400,
         metavar="N",
-        help=f"training iterations of each run, at least {MINIMUM_ITERATIONS} (default: 500)",
+        help=f"training iterations of each run, at least {MINIMUM_ITERATIONS} (default: 400)",
     )
     parser.add_argument(
         "--ranks",
@@ -197,8 +197,18 @@ def elapsed() -> str:
 def build_corpus(folder: Path) -> str:
     """Build or reuse the corpus; return a hash of the text it was made from."""
     script = REPOSITORY / "scripts" / "prepare_corpus.py"
-    subprocess.run([sys.executable, str(script), str(folder)], cwd=REPOSITORY, check=True)
+    command = [sys.executable, str(script), str(folder)]
+    lines: list[str] = []
+    log = folder.with_name("corpus.log")
+    run_logged(command, log, lines.append, cwd=REPOSITORY, environment=dict(os.environ))
     description = json.loads((folder / "corpus.json").read_text())
+    tokens = description["tokens"]
+    if any(line.startswith("corpus: reusing") for line in lines):
+        print(f"  reusing {shown(folder)}")
+    print(
+        f"  {description['source']}: {tokens['train']:,} tokens to train on, "
+        f"{tokens['valid']:,} held out"
+    )
     return str(description["sha256"])
 
 
@@ -286,8 +296,6 @@ if __name__ == "__main__":
     try:
         main()
     except RunFailed as failure:
-        raise SystemExit(f"quickstart: error: {failure}") from None
-    except subprocess.CalledProcessError as failure:
         raise SystemExit(f"quickstart: error: {failure}") from None
     except KeyboardInterrupt:
         raise SystemExit("quickstart: interrupted; finished runs are kept") from None

@@ -15,7 +15,10 @@ WEIGHT_BYTES = 2  # bf16
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 ADAM_COLOUR = "#E69F00"
 FLASH_COLOUR = "#0072B2"
-SHARED_COLOURS = {"weights": "#8C8C8C", "gradients": "#C4C4C4"}
+WEIGHT_COLOUR = "#A6A6A6"
+GRADIENT_COLOUR = "#D0D0D0"
+BAR_WIDTH = 0.9
+CHECKPOINT_OFFSET = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,14 @@ class Comparison:
     versions: dict[str, str]
 
     def repeated_losses(self) -> list[tuple[int, float, float]]:
-        """Return (iteration, loss, loss of the resumed run) of the repeated iterations."""
+        """Return (iteration, loss, loss of the resumed run) of the repeated iterations.
+
+        Without the second one: Megatron does not print its loss by itself.
+        """
         return [
             (iteration, self.flash.losses[iteration], loss)
             for iteration, loss in sorted(self.resumed.losses.items())
+            if iteration != self.resumed_from + 2
         ]
 
     def resume_is_identical(self) -> bool:
@@ -98,61 +105,110 @@ def draw(comparison: Comparison, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (curves, bars) = pyplot.subplots(
-        1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained"
+        1, 2, figsize=(12, 5), width_ratios=(5, 4), layout="constrained"
     )
     for axes in (curves, bars):
         axes.spines[["top", "right"]].set_visible(False)
     _draw_losses(curves, comparison)
     _draw_bytes(bars, comparison)
+    millions = comparison.flash.parameters / 1e6
+    figure.supxlabel(
+        f"GPT with {millions:.2f}M parameters, data-parallel size {comparison.ranks} on "
+        f"{comparison.device.upper()}, "
+        f"megatron-core {comparison.versions['megatron-core']}, "
+        f"torch {comparison.versions['torch']}",
+        fontsize=9,
+        color="#555555",
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
 def _draw_losses(axes: Axes, comparison: Comparison) -> None:
-    adam, flash, resumed = comparison.adam, comparison.flash, comparison.resumed
-    same = "identical" if comparison.resume_is_identical() else "not identical"
-    for run, label, colour, line, width in (
-        (adam, f"Adam: validation {adam.validation_loss:.4f}", ADAM_COLOUR, "-", 4.0),
-        (flash, f"flash_adamw: validation {flash.validation_loss:.4f}", FLASH_COLOUR, "-", 1.2),
-        (resumed, f"resumed from {comparison.resumed_from}: {same}", "black", ":", 1.5),
+    window = max(1, comparison.iterations // 50)
+    for run, name, colour, width in (
+        (comparison.adam, "Adam", ADAM_COLOUR, 4.5),
+        (comparison.flash, "flash_adamw", FLASH_COLOUR, 1.5),
     ):
+        losses = list(run.losses.values())
+        label = f"{name}, validation loss {run.validation_loss:.3f}"
+        axes.plot(list(run.losses), losses, color=colour, linewidth=width / 2, alpha=0.2)
         axes.plot(
-            list(run.losses),
-            list(run.losses.values()),
-            color=colour,
-            linestyle=line,
-            linewidth=width,
-            label=label,
+            list(run.losses), _running_mean(losses, window), color=colour, lw=width, label=label
         )
-    axes.set(xlabel="iteration", ylabel="training loss", xlim=(0, comparison.iterations))
-    axes.set_title("Loss, same seed and data", loc="left")
+    same = "identical" if comparison.resume_is_identical() else "not identical"
+    axes.axvspan(
+        comparison.resumed_from,
+        comparison.iterations,
+        color="black",
+        alpha=0.07,
+        linewidth=0,
+        label=f"repeated from the checkpoint of {comparison.resumed_from}: losses {same}",
+    )
+    axes.set(xlabel="iteration", ylabel="loss", xlim=(0, comparison.iterations))
+    axes.set_title(
+        "Training loss, same seed and data" + (f" (mean of {window})" if window > 1 else ""),
+        loc="left",
+    )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
 
 
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Return the mean of up to the last ``window`` values at each position."""
+    means = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        means.append(sum(recent) / len(recent))
+    return means
+
+
 def _draw_bytes(axes: Axes, comparison: Comparison) -> None:
-    columns = ((comparison.adam, ADAM_COLOUR), (comparison.flash, FLASH_COLOUR))
-    for x, (run, colour) in enumerate(columns):
-        parts = {
-            "weights": float(WEIGHT_BYTES),
-            "gradients": float(run.gradient_bytes),
-            "optimizer": _state_per_parameter(run),
-        }
+    columns = (
+        (comparison.adam, ADAM_COLOUR, "black"),
+        (comparison.flash, FLASH_COLOUR, "white"),
+    )
+    for x, (run, colour, ink) in enumerate(columns):
         bottom = 0.0
-        for part, height in parts.items():
-            axes.bar(x, height, 0.8, bottom, color=SHARED_COLOURS.get(part, colour))
-            axes.text(x, bottom + height / 2, f"{part} {height:.3g}", ha="center", va="center")
+        for part, height, fill, text_colour in (
+            ("weights", float(WEIGHT_BYTES), WEIGHT_COLOUR, "black"),
+            ("gradients", float(run.gradient_bytes), GRADIENT_COLOUR, "black"),
+            ("state", _state_per_parameter(run), colour, ink),
+        ):
+            axes.bar(x, height, BAR_WIDTH, bottom, color=fill)
+            axes.text(
+                x,
+                bottom + height / 2,
+                f"{part} {height:.3g}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=text_colour,
+            )
             bottom += height
         saved = _saved_per_parameter(run)
-        axes.bar(x + 2.5, saved, 0.8, color=colour)
-        for position, total in ((x, bottom), (x + 2.5, saved)):
+        axes.bar(x + CHECKPOINT_OFFSET, saved, BAR_WIDTH, color=colour)
+        for position, total in ((x, bottom), (x + CHECKPOINT_OFFSET, saved)):
             axes.text(
                 position, total + 0.2, f"{total:.1f}", ha="center", va="bottom", weight="bold"
             )
-    axes.set_xticks([0, 1, 2.5, 3.5], ["Adam", "flash_adamw"] * 2)
-    axes.set_ylabel("bytes per parameter")
-    axes.set_title("Memory in training", loc="left")
+    positions = [0, 1, CHECKPOINT_OFFSET, 1 + CHECKPOINT_OFFSET]
+    axes.set_xticks(positions, ["Adam", "flash_adamw"] * 2, fontsize=9)
+    for center, group in ((0.5, "in training"), (0.5 + CHECKPOINT_OFFSET, "checkpoint on disk")):
+        axes.annotate(
+            group,
+            (center, 0),
+            (0, -24),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+        )
+    axes.set_ylabel("bytes")
+    axes.set_title("Bytes per parameter (optimizer state: all ranks together)", loc="left")
     axes.tick_params(axis="x", length=0)
+    axes.locator_params(axis="y", integer=True)
+    axes.margins(y=0.08)
 
 
 def _difference(label: str, adam: float, flash: float) -> tuple[str, str, str, str]:
@@ -170,8 +226,8 @@ def _saved_per_parameter(run: Run) -> float:
 def _notes(comparison: Comparison) -> list[str]:
     adam, flash, resumed = comparison.adam, comparison.flash, comparison.resumed
     notes = [
-        f"Optimizer state: the live tensors of all {comparison.ranks} ranks, over the "
-        f"{flash.parameters:,} parameters they own."
+        "Optimizer state: live tensors of all ranks (data-parallel size "
+        f"{comparison.ranks}), over the {flash.parameters:,} parameters they own."
     ]
     if comparison.device == "cpu":
         notes.append(
@@ -179,20 +235,21 @@ def _notes(comparison: Comparison) -> list[str]:
             "kernel does the step."
         )
     repeated = comparison.repeated_losses()
-    different = [row for row in repeated if row[1] != row[2]]
+    different = [iteration for iteration, original, again in repeated if original != again]
     start = (
-        f"Resume: flash_adamw loaded its checkpoint of iteration {comparison.resumed_from} in a "
+        f"Resume: a fresh process loaded the flash_adamw checkpoint of iteration "
+        f"{comparison.resumed_from} and repeated the rest; "
     )
     if comparison.resume_is_identical():
         notes.append(
-            f"{start}fresh process; all {len(repeated)} losses after it and the validation loss "
-            "are identical to the digits that Megatron prints."
+            f"{start}all {len(repeated)} losses that can be compared (the second line of a run is "
+            "a mean of two) and the validation loss are identical to the last printed digit."
         )
     else:
-        first = f", first at iteration {different[0][0]}" if different else ""
+        first = f", first at iteration {different[0]}" if different else ""
         notes.append(
-            f"{start}fresh process; {len(different)} of {len(repeated)} losses DIFFER{first}; "
-            f"validation loss {resumed.validation_loss:.6f} against {flash.validation_loss:.6f}."
+            f"{start}{len(different)} of {len(repeated)} losses DIFFER{first}; validation loss "
+            f"{resumed.validation_loss:.6f} against {flash.validation_loss:.6f}."
         )
     if adam.torch_adam:
         notes.append(

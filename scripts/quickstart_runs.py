@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,48 @@ def value_of(arguments: list[str], flag: str) -> str:
 def shown(path: Path) -> str:
     """Return a path as short as it can be typed here."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def run_logged(
+    command: list[str],
+    log: Path,
+    on_line: Callable[[str], None],
+    *,
+    cwd: Path,
+    environment: dict[str, str],
+) -> None:
+    """Run a command, its whole output going to the log and each line to on_line as well.
+
+    Raises:
+        RunFailed: it ended with an error; the last lines of its output are on stderr.
+    """
+    tail: deque[str] = deque(maxlen=SHOWN_ON_FAILURE)
+    with (
+        log.open("w", buffering=1) as file,
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        file.write(f"$ {shlex.join(command)}\n")
+        try:
+            for line in process.stdout:
+                file.write(line)
+                tail.append(line)
+                on_line(line)
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # torchrun ends its ranks
+            raise
+    if code:
+        print("".join(["\n", *tail]), file=sys.stderr)
+        raise RunFailed(f"exit code {code}; above are the last lines of {shown(log)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,35 +200,7 @@ class Launcher:
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         print(f"  starting; its output is in {shown(log)}", flush=True)
-        tail: deque[str] = deque(maxlen=SHOWN_ON_FAILURE)
-        with (
-            log.open("w", buffering=1) as file,
-            subprocess.Popen(
-                command,
-                cwd=self.repository,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            ) as process,
-        ):
-            assert process.stdout is not None
-            file.write(f"$ {shlex.join(command)}\n")
-            try:
-                for line in process.stdout:
-                    file.write(line)
-                    tail.append(line)
-                    self._show_progress(line)
-                code = process.wait()
-            except BaseException:
-                process.terminate()  # torchrun ends its ranks
-                raise
-        if code:
-            print("".join(["\n", *tail]), file=sys.stderr)
-            raise RunFailed(
-                f"training ended with code {code}; above are the last lines of {shown(log)}"
-            )
+        run_logged(command, log, self._show_progress, cwd=self.repository, environment=environment)
 
     def _show_progress(self, line: str) -> None:
         match = _ITERATION.search(line)
@@ -209,7 +224,12 @@ def _measure(
     text = log.read_text()
     for line in text.splitlines():
         if match := _ITERATION.search(line):
-            losses[int(match[1])] = float(match[3])
+            # Megatron keeps its running sum after the first iteration of a process, so that the
+            # second line's loss is the mean of both.
+            loss = float(match[3])
+            if len(losses) == 1:
+                loss = 2 * loss - next(iter(losses.values()))
+            losses[int(match[1])] = loss
             iteration_ms.append(float(match[2]))
         elif match := _OPTIMIZER_TIME.search(line):
             optimizer_ms.append(float(match[1]))

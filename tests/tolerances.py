@@ -7,9 +7,9 @@ from __future__ import annotations
 SIGMAS = 4.0
 
 # Rounding errors of the codec's own fp32 arithmetic, in code steps.
-# First moment: a sum, a quotient and a product, 2^-24 relative each, of values up to 127, then
-# half an ulp of 127.5 in the sum with 0.5: 127 * 3 * 2^-24 + 2^-18 < 2^-15.
-EXP_AVG_CODE_STEPS = 2.0**-15
+# First moment: m / scale and its companding are at most 6 roundings of 2^-24, of values up to 127;
+# the sum with 0.5 adds half an ulp of 127.5: 127 * 6 * 2^-24 + 2^-18 < 2^-14.
+EXP_AVG_CODE_STEPS = 2.0**-14
 # Second moment: a root, a quotient and a product of values up to 255, then half an ulp of 255 in
 # the sum: 255 * 3 * 2^-24 + 2^-17 < 2^-14; the decoded root (a rounded 1/255, two products, and
 # half of the square's error) adds as much again.

@@ -9,8 +9,8 @@ With ``b`` the fp32 bit pattern read as a 32-bit integer:
 
 Integer arithmetic on the pattern is monotone, carries across binades, and makes join-then-split
 the identity, so that an update of zero changes no bit. Inf and NaN stay in ``high`` with
-correction 0; a finite weight whose bf16 rounding overflows has ``high`` = inf, as bf16 rounding
-gives, and is still reconstructed exactly through its correction.
+correction 0 (a NaN quiet, with its sign). A finite weight whose bf16 rounding overflows has
+``high`` = inf, as bf16 rounding gives, and is still reconstructed exactly through its correction.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def split_master_with_bits(
     dtype = correction_dtype(bits)
     # Signed arithmetic: the sign bit is the top bit, so magnitudes carry exactly as unsigned.
     pattern = weight.contiguous().view(torch.int32).to(torch.int64)
+    quiet = (pattern | spec.NAN_QUIET_BIT) & spec.NAN_HIGH_MASK
+    pattern = torch.where(weight.isnan(), quiet, pattern)
     if bits == 32:
         high = (pattern + 0x8000) >> 16
         correction = pattern - (high << 16)
@@ -88,11 +90,6 @@ def split_master_with_bits(
     else:
         high = (pattern + (0x8000 if random is None else random >> 16)) >> 16
         correction = torch.zeros_like(high)
-    special = (pattern & spec.FP32_EXPONENT_MASK) == spec.FP32_EXPONENT_MASK
-    is_nan = special & ((pattern & spec.FP32_MANTISSA_MASK) != 0)
-    special_high = (pattern >> 16) | torch.where(is_nan, spec.BF16_QUIET_BIT, 0)
-    high = torch.where(special, special_high, high)
-    correction = torch.where(special, 0, correction)
     high_bf16 = high.to(torch.int16).view(torch.bfloat16)
     return high_bf16, None if dtype is None else correction.to(dtype)
 

@@ -111,9 +111,11 @@ def encode_exp_avg_groups(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     absmax_bits = _bits(magnitude).amax(dim=1, keepdim=True)
     scale_bits = _scale_bits(absmax_bits, _rounding.bf16_bits_nearest(absmax_bits))
     scale = _bf16_bits_to_fp32(scale_bits)
-    clamped = torch.minimum(magnitude, scale)
-    # t / ((scale + t) / 2) is 2x / (1 + x) with x = t / scale, in one division and no overflow.
-    companded = clamped / (0.5 * scale + 0.5 * clamped) * float(spec.EXP_AVG_MAX_CODE)
+    factor = torch.where(scale < spec.SMALL_SCALE, spec.SMALL_SCALE_FACTOR, 1.0)
+    inverse = torch.ones_like(scale) / (scale * factor)
+    x = ((magnitude * factor) * inverse).clamp(max=1.0)
+    # x / ((1 + x) / 2) is 2x / (1 + x); halving is exact.
+    companded = x / (0.5 * x + 0.5) * float(spec.EXP_AVG_MAX_CODE)
     code = torch.floor(companded + 0.5)
     code = torch.where(_bits(magnitude) == absmax_bits, float(spec.EXP_AVG_MAX_CODE), code)
     code = torch.where(_is_usable(scale_bits), code, 0.0)

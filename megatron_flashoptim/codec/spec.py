@@ -19,6 +19,11 @@ EXP_AVG_MAX_CODE: Final = 127
 # Largest code of the second moment (uint8).
 EXP_AVG_SQ_MAX_CODE: Final = 255
 
+# Scales of the first moment below 2^-64 are multiplied by 2^64, with their elements, before the
+# codes are computed: the inverse of a subnormal scale would overflow.
+SMALL_SCALE: Final = 2.0**-64
+SMALL_SCALE_FACTOR: Final = 2.0**64
+
 # Bits of the master weight: bf16 (16), bf16 + int8 correction (24), bf16 + int16 correction (32).
 MASTER_BITS: Final = (16, 24, 32)
 MasterBits = Literal[16, 24, 32]
@@ -28,11 +33,12 @@ ROUNDINGS: Final = ("nearest", "stochastic")
 
 # IEEE-754 bit patterns used by the integer arithmetic on fp32 and bf16 values.
 FP32_EXPONENT_MASK: Final = 0x7F800000
-FP32_MANTISSA_MASK: Final = 0x007FFFFF
 FP32_ABS_MASK: Final = 0x7FFFFFFF
+# A NaN made quiet and cut to what bf16 holds of it: rounding could carry the rest into the sign.
+NAN_QUIET_BIT: Final = 0x00400000
+NAN_HIGH_MASK: Final = -0x10000
 BF16_MAX_FINITE: Final = 0x7F7F
 BF16_QUIET_NAN: Final = 0x7FC0
-BF16_QUIET_BIT: Final = 0x0040
 
 # Counter-based random bits: stream numbers keep the draws of one element independent.
 STREAM_EXP_AVG_SQ: Final = 0

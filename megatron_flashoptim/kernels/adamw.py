@@ -43,54 +43,117 @@ def _adamw_step_kernel(
 ):
     """One program steps GROUPS groups of GROUP elements; MASTER_BITS 0 is an fp32 param.
 
+    Groups of one parameter are stepped together, with its hyper-parameters as scalars. Nearly
+    every program has one parameter only; a program that meets several takes a turn for each.
     A tile of the segment table has TILE groups, a multiple of GROUPS.
     """
     program = tl.program_id(0)
-    group = program * GROUPS + tl.arange(0, GROUPS)
-    mask = (group < num_groups)[:, None]
-    lane = tl.arange(0, GROUP)
-    offsets = group.to(tl.int64)[:, None] * GROUP + lane[None, :]
+    program_start = program * GROUPS
+    program_end = tl.minimum(program_start + GROUPS, num_groups)
+    segment = tl.load(tile_segment_ptr + program // (TILE // GROUPS))
+    last_segment = tl.load(tile_segment_ptr + program // (TILE // GROUPS) + 1)
+    start = program_start
+    while start < program_end:
+        # The segment that holds group `start`, and where it ends in this program.
+        end = program_end
+        if segment < last_segment:
+            end = tl.minimum(tl.load(segment_start_ptr + segment + 1), program_end)
+        if end > start:
+            _step_groups(
+                param_ptr,
+                correction_ptr,
+                grad_ptr,
+                exp_avg_ptr,
+                exp_avg_scale_ptr,
+                exp_avg_sq_ptr,
+                exp_avg_sq_scale_ptr,
+                hyper_ptr,
+                key_ptr,
+                grad_scale_ptr,
+                tl.load(segment_row_ptr + segment),
+                segment_tensor_id_ptr + segment,
+                segment_group_shift_ptr + segment,
+                program_start,
+                start,
+                end,
+                MASTER_BITS=MASTER_BITS,
+                STOCHASTIC_EXP_AVG_SQ=STOCHASTIC_EXP_AVG_SQ,
+                STOCHASTIC_MASTER=STOCHASTIC_MASTER,
+                HYPER_COLUMNS=HYPER_COLUMNS,
+                GROUPS=GROUPS,
+                GROUP=GROUP,
+            )
+            start = end
+        segment += 1
 
-    # Which segment each group belongs to: start from the tile's first, step over later starts.
-    tile = program // (TILE // GROUPS)
-    first = tl.load(tile_segment_ptr + tile)
-    last = tl.load(tile_segment_ptr + tile + 1)
-    segment = tl.zeros([GROUPS], tl.int32) + first
-    candidate = first + 1
-    while candidate <= last:
-        start = tl.load(segment_start_ptr + candidate)
-        segment = tl.where(group >= start, candidate, segment)
-        candidate += 1
-    row = tl.load(segment_row_ptr + segment)
+
+@triton.jit
+def _step_groups(
+    param_ptr,
+    correction_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_ptr,
+    exp_avg_sq_scale_ptr,
+    hyper_ptr,
+    key_ptr,
+    grad_scale_ptr,
+    row,
+    tensor_id_ptr,
+    group_shift_ptr,
+    program_start,
+    start,
+    end,
+    MASTER_BITS: tl.constexpr,
+    STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
+    STOCHASTIC_MASTER: tl.constexpr,
+    HYPER_COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Step the groups from ``start`` to ``end`` of the program's GROUPS, all of one parameter."""
     hyper = hyper_ptr + row * HYPER_COLUMNS
-    lr = tl.load(hyper + 0)[:, None]
-    weight_decay = tl.load(hyper + 1)[:, None]
-    beta1 = tl.load(hyper + 2)[:, None]
-    one_minus_beta1 = tl.load(hyper + 3)[:, None]
-    beta2 = tl.load(hyper + 4)[:, None]
-    one_minus_beta2 = tl.load(hyper + 5)[:, None]
-    eps = tl.load(hyper + 6)[:, None]
-    inverse_bias_correction1 = tl.load(hyper + 7)[:, None]
-    inverse_sqrt_bias_correction2 = tl.load(hyper + 8)[:, None]
-    grad_scale = tl.load(grad_scale_ptr + row)[:, None]
+    lr = tl.load(hyper + 0)
+    weight_decay = tl.load(hyper + 1)
+    beta1 = tl.load(hyper + 2)
+    one_minus_beta1 = tl.load(hyper + 3)
+    beta2 = tl.load(hyper + 4)
+    one_minus_beta2 = tl.load(hyper + 5)
+    eps = tl.load(hyper + 6)
+    inverse_bias_correction1 = tl.load(hyper + 7)
+    inverse_sqrt_bias_correction2 = tl.load(hyper + 8)
+    grad_scale = tl.load(grad_scale_ptr + row)
+
+    # Elements and groups of the tile, as offsets from its start; 64 bits for the start alone.
+    element_start = program_start.to(tl.int64) * GROUP
+    lane = tl.arange(0, GROUP)
+    local_group = tl.arange(0, GROUPS)
+    group = program_start + local_group
+    group_mask = (group >= start) & (group < end)
+    mask = group_mask[:, None]
+    offsets = local_group[:, None] * GROUP + lane[None, :]
+    param_ptrs = param_ptr + element_start + offsets
+    exp_avg_ptrs = exp_avg_ptr + element_start + offsets
+    exp_avg_sq_ptrs = exp_avg_sq_ptr + element_start + offsets
 
     # Decode.
-    exp_avg_code = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
-    exp_avg_sq_code = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
-    group_mask = group < num_groups
+    param = tl.load(param_ptrs, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + element_start + offsets, mask=mask, other=0.0)
+    exp_avg_code = tl.load(exp_avg_ptrs, mask=mask, other=0)
+    exp_avg_sq_code = tl.load(exp_avg_sq_ptrs, mask=mask, other=0)
     exp_avg_scale = tl.load(exp_avg_scale_ptr + group, mask=group_mask, other=0.0)
     exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=group_mask, other=0.0)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     if grad_ptr.dtype.element_ty == tl.bfloat16:
         grad = codec.bf16_to_fp32(grad)
     grad = grad * grad_scale
-    param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
     if MASTER_BITS == 0:
         weight = param
     elif MASTER_BITS == 16:
         weight = codec.bf16_to_fp32(param)
     else:
-        correction = tl.load(correction_ptr + offsets, mask=mask, other=0)
+        correction_ptrs = correction_ptr + element_start + offsets
+        correction = tl.load(correction_ptrs, mask=mask, other=0)
         weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
     m = codec.decode_exp_avg(exp_avg_code, codec.bf16_to_fp32(exp_avg_scale)[:, None])
     v = codec.decode_exp_avg_sq(exp_avg_sq_code, codec.bf16_to_fp32(exp_avg_sq_scale)[:, None])
@@ -108,42 +171,40 @@ def _adamw_step_kernel(
     scale_random = offsets
     master_random = offsets
     if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
-        tensor_id = tl.load(segment_tensor_id_ptr + segment)
-        group_in_tensor = group + tl.load(segment_group_shift_ptr + segment)
+        tensor_id = tl.load(tensor_id_ptr)
+        group_in_tensor = group + tl.load(group_shift_ptr)
         group_offset = (group_in_tensor * GROUP).to(tl.uint32, bitcast=True)[:, None]
         element_offset = group_offset + lane.to(tl.uint32)[None, :]
         keys = key_ptr + row * HYPER_COLUMNS
     if STOCHASTIC_EXP_AVG_SQ:
-        key = codec.mix32((tl.load(keys + 9) ^ tensor_id).to(tl.uint32, bitcast=True))[:, None]
+        key = codec.mix32((tl.load(keys + 9) ^ tensor_id).to(tl.uint32, bitcast=True))
         random = codec.random_bits(key, element_offset)
-        key = codec.mix32((tl.load(keys + 10) ^ tensor_id).to(tl.uint32, bitcast=True))[:, None]
+        key = codec.mix32((tl.load(keys + 10) ^ tensor_id).to(tl.uint32, bitcast=True))
         scale_random = codec.random_bits(key, group_offset)
     if STOCHASTIC_MASTER:
-        key = codec.mix32((tl.load(keys + 11) ^ tensor_id).to(tl.uint32, bitcast=True))[:, None]
+        key = codec.mix32((tl.load(keys + 11) ^ tensor_id).to(tl.uint32, bitcast=True))
         master_random = codec.random_bits(key, element_offset)
 
     # Encode and store.
     exp_avg_code, scale_bits = codec.encode_exp_avg(m)
-    tl.store(exp_avg_ptr + offsets, exp_avg_code, mask=mask)
-    scale_ptrs = exp_avg_scale_ptr + group[:, None]
-    tl.store(scale_ptrs, codec.bf16_from_bits(scale_bits), mask=mask)
+    tl.store(exp_avg_ptrs, exp_avg_code, mask=mask)
+    tl.store(exp_avg_scale_ptr + group[:, None], codec.bf16_from_bits(scale_bits), mask=mask)
     exp_avg_sq_code, scale_bits = codec.encode_exp_avg_sq(
         v, root, random, scale_random, STOCHASTIC=STOCHASTIC_EXP_AVG_SQ
     )
-    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq_code, mask=mask)
-    scale_ptrs = exp_avg_sq_scale_ptr + group[:, None]
-    tl.store(scale_ptrs, codec.bf16_from_bits(scale_bits), mask=mask)
+    tl.store(exp_avg_sq_ptrs, exp_avg_sq_code, mask=mask)
+    tl.store(exp_avg_sq_scale_ptr + group[:, None], codec.bf16_from_bits(scale_bits), mask=mask)
     if MASTER_BITS == 0:
-        tl.store(param_ptr + offsets, weight, mask=mask)
+        tl.store(param_ptrs, weight, mask=mask)
     else:
         high, correction = codec.split_master(
             weight, master_random, MASTER_BITS=MASTER_BITS, STOCHASTIC=STOCHASTIC_MASTER
         )
-        tl.store(param_ptr + offsets, high, mask=mask)
+        tl.store(param_ptrs, high, mask=mask)
         if MASTER_BITS == 24:
-            tl.store(correction_ptr + offsets, correction.to(tl.int8), mask=mask)
+            tl.store(correction_ptrs, correction.to(tl.int8), mask=mask)
         elif MASTER_BITS == 32:
-            tl.store(correction_ptr + offsets, correction.to(tl.int16), mask=mask)
+            tl.store(correction_ptrs, correction.to(tl.int16), mask=mask)
 
 
 def adamw_step_(

@@ -1,8 +1,8 @@
 """Triton device functions of the codec, the twins of ``megatron_flashoptim.codec``.
 
-Bit for bit the same as the plain PyTorch reference: integer rounding of bf16, IEEE division and
-square root (``div_rn``, ``sqrt_rn``), and no fused multiply-add (kernels that use these functions
-are launched with ``enable_fp_fusion=False``).
+Bit for bit the same as the plain PyTorch reference: integer rounding of bf16, correctly rounded
+division and square root, and no fused multiply-add but where it changes no bit (kernels that use
+these functions are launched with ``enable_fp_fusion=False``).
 
 Tiles are ``[GROUPS, 32]``; per-group values are ``[GROUPS, 1]``.
 """
@@ -15,17 +15,23 @@ import triton.language as tl
 from megatron_flashoptim.codec import spec
 
 EXP_AVG_MAX_CODE = tl.constexpr(float(spec.EXP_AVG_MAX_CODE))
+EXP_AVG_MAX_CODE_INT = tl.constexpr(spec.EXP_AVG_MAX_CODE)
+EXP_AVG_SQ_MAX_CODE_INT = tl.constexpr(spec.EXP_AVG_SQ_MAX_CODE)
 EXP_AVG_SQ_MAX_CODE = tl.constexpr(float(spec.EXP_AVG_SQ_MAX_CODE))
 INVERSE_EXP_AVG_SQ_MAX_CODE = tl.constexpr(1.0 / spec.EXP_AVG_SQ_MAX_CODE)
 FP32_EXPONENT_MASK = tl.constexpr(spec.FP32_EXPONENT_MASK)
-FP32_MANTISSA_MASK = tl.constexpr(spec.FP32_MANTISSA_MASK)
 FP32_ABS_MASK = tl.constexpr(spec.FP32_ABS_MASK)
 BF16_MAX_FINITE = tl.constexpr(spec.BF16_MAX_FINITE)
+NAN_QUIET_BIT = tl.constexpr(spec.NAN_QUIET_BIT)
+NAN_HIGH_MASK = tl.constexpr(spec.NAN_HIGH_MASK)
 BF16_QUIET_NAN = tl.constexpr(spec.BF16_QUIET_NAN)
-BF16_QUIET_BIT = tl.constexpr(spec.BF16_QUIET_BIT)
 MIX_MULTIPLIER_1 = tl.constexpr(spec.MIX_MULTIPLIER_1)
 MIX_MULTIPLIER_2 = tl.constexpr(spec.MIX_MULTIPLIER_2)
 COUNTER_MULTIPLIER = tl.constexpr(spec.COUNTER_MULTIPLIER)
+SMALL_SCALE = tl.constexpr(spec.SMALL_SCALE)
+SMALL_SCALE_FACTOR = tl.constexpr(spec.SMALL_SCALE_FACTOR)
+# Triton's interpreter runs no inline assembly and does not fuse ``tl.fma``.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -78,6 +84,7 @@ def join_master(high, correction, MASTER_BITS: tl.constexpr):
 def split_master(weight, random, MASTER_BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Twin of ``codec.split_master``: fp32 to a bf16 high part and an int32 correction."""
     bits = weight.to(tl.int32, bitcast=True)
+    bits = tl.where(weight == weight, bits, (bits | NAN_QUIET_BIT) & NAN_HIGH_MASK)
     if MASTER_BITS == 32:
         high = (bits + 0x8000) >> 16
         correction = bits - (high << 16)
@@ -94,12 +101,26 @@ def split_master(weight, random, MASTER_BITS: tl.constexpr, STOCHASTIC: tl.const
         else:
             high = (bits + 0x8000) >> 16
         correction = high * 0
-    special = (bits & FP32_EXPONENT_MASK) == FP32_EXPONENT_MASK
-    is_nan = special & ((bits & FP32_MANTISSA_MASK) != 0)
-    special_high = (bits >> 16) | tl.where(is_nan, BF16_QUIET_BIT, 0)
-    high = tl.where(special, special_high, high)
-    correction = tl.where(special, 0, correction)
     return bf16_from_bits(high), correction
+
+
+@triton.jit
+def divide(numerator, denominator):
+    """Return the correctly rounded quotient; the denominator lies between 2^-100 and 2^100.
+
+    The steps of CUDA's own division without its branch for extreme operands: an approximate
+    reciprocal, one Newton step, and two corrections by the exact remainder.
+    """
+    if INTERPRETED:
+        return tl.div_rn(numerator, denominator)
+    else:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], tl.float32, is_pure=True, pack=1
+        )
+        inverse = tl.fma(inverse, tl.fma(-denominator, inverse, 1.0), inverse)
+        quotient = numerator * inverse
+        quotient = tl.fma(inverse, tl.fma(-denominator, quotient, numerator), quotient)
+        return tl.fma(inverse, tl.fma(-denominator, quotient, numerator), quotient)
 
 
 @triton.jit
@@ -123,7 +144,7 @@ def group_scale(max_bits, random, STOCHASTIC: tl.constexpr):
 def decode_exp_avg(code, scale):
     """Twin of ``codec.moments.decode_exp_avg_groups``; ``scale`` fp32 ``[GROUPS, 1]``."""
     value = code.to(tl.float32)
-    ratio = tl.div_rn(value, 2.0 * EXP_AVG_MAX_CODE - tl.abs(value))
+    ratio = divide(value, 2.0 * EXP_AVG_MAX_CODE - tl.abs(value))
     return scale * ratio
 
 
@@ -135,14 +156,17 @@ def encode_exp_avg(m):
     max_bits = tl.max(bits, axis=1, keep_dims=True)
     scale_bits = group_scale(max_bits, max_bits, STOCHASTIC=False)
     scale = (scale_bits << 16).to(tl.float32, bitcast=True)
-    clamped = tl.minimum(magnitude, scale)
-    companded = tl.div_rn(clamped, 0.5 * scale + 0.5 * clamped) * EXP_AVG_MAX_CODE
-    code = tl.floor(companded + 0.5)
-    code = tl.where(bits == max_bits, EXP_AVG_MAX_CODE, code)
+    factor = tl.where(scale < SMALL_SCALE, SMALL_SCALE_FACTOR, 1.0)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale * factor)
+    x = tl.minimum((magnitude * factor) * inverse, 1.0)
+    companded = divide(x, tl.fma(x, 0.5, 0.5))  # halving is exact: no bit differs
+    # Truncation is floor here.
+    code = (companded * EXP_AVG_MAX_CODE + 0.5).to(tl.int32)
+    code = tl.where(bits == max_bits, EXP_AVG_MAX_CODE_INT, code)
     usable = (scale_bits > 0) & (scale_bits <= BF16_MAX_FINITE)
-    code = tl.where(usable, code, 0.0)
+    code = tl.where(usable, code, 0)
     code = tl.where(m < 0, -code, code)
-    return code.to(tl.int32).to(tl.int8), scale_bits
+    return code.to(tl.int8), scale_bits
 
 
 @triton.jit
@@ -161,13 +185,14 @@ def encode_exp_avg_sq(v, root, random, scale_random, STOCHASTIC: tl.constexpr):
     scale = (scale_bits << 16).to(tl.float32, bitcast=True)
     per_scale = tl.div_rn(tl.full(scale.shape, EXP_AVG_SQ_MAX_CODE, tl.float32), scale)
     level = tl.minimum(root * per_scale, EXP_AVG_SQ_MAX_CODE)
+    # Truncation is floor here.
     if STOCHASTIC:
-        code = tl.floor(level + uniform_from_bits(random))
+        code = (level + uniform_from_bits(random)).to(tl.int32)
+        code = tl.minimum(code, EXP_AVG_SQ_MAX_CODE_INT)
     else:
-        code = tl.floor(level + 0.5)
-    code = tl.minimum(code, EXP_AVG_SQ_MAX_CODE)
-    code = tl.where(v > 0, tl.maximum(code, 1.0), code)
-    code = tl.where(bits == max_bits, EXP_AVG_SQ_MAX_CODE, code)
+        code = (level + 0.5).to(tl.int32)
+    code = tl.where(v > 0, tl.maximum(code, 1), code)
+    code = tl.where(bits == max_bits, EXP_AVG_SQ_MAX_CODE_INT, code)
     usable = (scale_bits > 0) & (scale_bits <= BF16_MAX_FINITE)
-    code = tl.where(usable, code, 0.0)
-    return code.to(tl.int32).to(tl.uint8), scale_bits
+    code = tl.where(usable, code, 0)
+    return code.to(tl.uint8), scale_bits
