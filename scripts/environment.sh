@@ -16,7 +16,7 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$REPO/.venv}"
 case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 VENV_PYTHON="$VENV/bin/python"
-# torch brings the CUDA libraries: 5.3 GB once installed.
+# torch brings the CUDA libraries: 5.1 GB once installed.
 VENV_KILOBYTES=6000000
 
 die() {
@@ -151,7 +151,7 @@ in a Linux container or under WSL 2"
         echo "reusing $VENV (Python $(_describe_python "$VENV_PYTHON"))"
         return
     fi
-    echo "installing into $VENV; the first time this downloads about 3 GB"
+    echo "installing into $VENV; the first time this downloads about 2.8 GB"
     for file in "${requirements[@]}"; do options+=(--requirement "$file"); done
     # A line for each package that is there already helps nobody.
     if [ -f "$VENV/installed-run" ]; then options+=(--quiet); fi

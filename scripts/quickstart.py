@@ -86,6 +86,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto takes GPUs where there are any (default: auto)",
     )
     parser.add_argument(
+        "--config",
+        type=Path,
+        default=MODEL_FILE,
+        metavar="FILE",
+        help="Megatron arguments of the model (default: configs/quickstart_gpt.args)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=REPOSITORY / "quickstart-out",
@@ -99,12 +106,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.iterations < MINIMUM_ITERATIONS:
         parser.error(f"--iterations {options.iterations}: at least {MINIMUM_ITERATIONS}")
+    if not options.config.is_file():
+        parser.error(f"--config {options.config}: no such file")
     if options.ranks is not None:
-        batch = int(value_of(read_arguments(MODEL_FILE), "--global-batch-size"))
+        batch = int(value_of(read_arguments(options.config), "--global-batch-size"))
         if options.ranks < 1 or batch % options.ranks:
             parser.error(
                 f"--ranks {options.ranks}: must divide the global batch of {batch} sequences "
-                f"(configs/{MODEL_FILE.name})"
+                f"({options.config})"
             )
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: is a file")
@@ -233,13 +242,14 @@ def main() -> None:
     corpus = options.output / "corpus"
     corpus_digest = build_corpus(corpus)
 
-    arguments = read_arguments(MODEL_FILE)
+    arguments = read_arguments(options.config)
     batch = int(value_of(arguments, "--global-batch-size"))
     arguments += ["--micro-batch-size", str(batch // ranks)]
     arguments += ["--train-iters", str(options.iterations)]
     for split in ("train", "valid"):
         arguments += [f"--{split}-data-path", str(corpus / f"{split}_document")]
-    arguments += ["--data-cache-path", str(corpus / "cache")]
+    # Megatron's cached indexes do not notice that the corpus changed.
+    arguments += ["--data-cache-path", str(options.output / "cache" / corpus_digest[:12])]
     if device == "cpu":
         from megatron_flashoptim.megatron.cpu import MEGATRON_FLAGS
 

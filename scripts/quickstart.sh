@@ -3,7 +3,7 @@
 # with Adam and once with flash_adamw, resumes flash_adamw from its checkpoint, and compares them
 # in a table and a picture. Needs Python 3.12 or 3.13; no GPU. Run it again to see the results again.
 #
-#   scripts/quickstart.sh            about 4 minutes of installing, then 4 minutes of training
+#   scripts/quickstart.sh            2 to 5 minutes of installing, 3 of training
 #   scripts/quickstart.sh --help     options
 #
 # PYTHON=... names the interpreter, VENV=... the folder of the environment.

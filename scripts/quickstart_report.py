@@ -242,8 +242,9 @@ def _notes(comparison: Comparison) -> list[str]:
     )
     if comparison.resume_is_identical():
         notes.append(
-            f"{start}all {len(repeated)} losses that can be compared (the second line of a run is "
-            "a mean of two) and the validation loss are identical to the last printed digit."
+            f"{start}{len(repeated)} of {len(repeated)} losses and the validation loss are "
+            "identical to the last printed digit (the second loss of a run is no part of this: "
+            "Megatron prints a mean of two there)."
         )
     else:
         first = f", first at iteration {different[0]}" if different else ""

@@ -26,6 +26,8 @@ _ITERATION = re.compile(
 _OPTIMIZER_TIME = re.compile(r"^ +optimizer \.+: \([\d.]+, ([\d.]+)\)")
 _VALIDATION_LOSS = re.compile(r"on validation set \| lm loss value: ([\dE.+-]+|nan|inf)")
 _FP32_GRADIENTS = re.compile(r"accumulate_allreduce_grads_in_fp32 \.+ (True|False)")
+# Where torchrun begins to say which rank failed; nothing after it tells why.
+_RANK_FAILED = re.compile(r"torch/distributed/elastic/.* failed \(exitcode")
 _TORCH_ADAM = "Falling back to Torch optimizers"
 SHOWN_ON_FAILURE = 30
 
@@ -89,9 +91,11 @@ def run_logged(
     """Run a command, its whole output going to the log and each line to on_line as well.
 
     Raises:
-        RunFailed: it ended with an error; the last lines of its output are on stderr.
+        RunFailed: it ended with an error; the last lines of its output are on stderr, without
+            torchrun's own traceback.
     """
     tail: deque[str] = deque(maxlen=SHOWN_ON_FAILURE)
+    reported = False
     with (
         log.open("w", buffering=1) as file,
         subprocess.Popen(
@@ -109,7 +113,9 @@ def run_logged(
         try:
             for line in process.stdout:
                 file.write(line)
-                tail.append(line)
+                if not reported:
+                    tail.append(line)
+                    reported = _RANK_FAILED.search(line) is not None
                 on_line(line)
             code = process.wait()
         except BaseException:

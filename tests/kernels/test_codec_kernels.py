@@ -111,6 +111,13 @@ def _random_kernel(key_ptr, offset_ptr, bits_ptr, uniform_ptr, SIZE: tl.constexp
     tl.store(uniform_ptr + offsets, codec.uniform_from_bits(bits))
 
 
+@triton.jit
+def _divide_kernel(numerator_ptr, denominator_ptr, quotient_ptr, SIZE: tl.constexpr):
+    offsets = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    numerator, denominator = tl.load(numerator_ptr + offsets), tl.load(denominator_ptr + offsets)
+    tl.store(quotient_ptr + offsets, codec.divide(numerator, denominator))
+
+
 def _moment_groups() -> torch.Tensor:
     """Groups of one magnitude at each exponent, of mixed magnitudes, and of special values."""
     generator = torch.Generator().manual_seed(0)
@@ -205,8 +212,12 @@ def test_first_moment_codes_equal_the_reference(device: str) -> None:
 def test_second_moment_codes_equal_the_reference(device: str, stochastic: bool) -> None:
     groups = _moment_groups()
     groups = torch.where(groups.isfinite(), groups.abs(), groups)
-    groups = torch.cat([groups, _at_rounding_boundaries(square=True)])
+    # Roots up to one scale ulp above the scale, where the largest draw would carry to code 256.
+    near_top = torch.linspace(1.0, 1.0 + 0.9 * 2.0**-7, GROUP).square().expand(TILE, -1)
+    groups = torch.cat([groups, _at_rounding_boundaries(square=True), near_top])
     random = _random(groups.numel()).view(groups.shape)
+    random[-TILE:] = 0xFFFFFFFF
+    random[-TILE:, 0] = 0  # rounds the scale down
     codes, scale = _encode_on(device, groups, random, square=True, stochastic=stochastic)
     expected_codes, expected_scale = moments.encode_exp_avg_sq_groups(
         groups,
@@ -277,3 +288,25 @@ def test_random_bits_equal_the_reference(device: str) -> None:
     expected = rounding.random_bits(key, offset)
     assert torch.equal(patterns(bits.cpu()), expected)
     assert_same_bits(uniform.cpu(), rounding.uniform_from_bits(expected))
+
+
+def test_quotients_are_correctly_rounded(device: str) -> None:
+    """Of any operands whose quotient is a normal number, and of those of the companding."""
+    count = 1 << (22 if device == "cuda" else 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(exponents: int) -> torch.Tensor:
+        mantissa = torch.randint(0, 1 << 23, (count,), generator=generator)
+        exponent = torch.randint(127 - exponents, 128 + exponents, (count,), generator=generator)
+        return fp32(mantissa + (exponent << 23))
+
+    x = torch.cat([torch.rand(count // 2, generator=generator), draw(60)[: count // 2]])
+    x = x.clamp(max=1.0)
+    numerator = torch.cat([draw(20), -draw(20), x])
+    denominator = torch.cat([draw(100), draw(100), 0.5 * x + 0.5])
+    quotient = torch.zeros(3 * count, device=device)
+    size = 1 << 12
+    _divide_kernel[(3 * count // size,)](
+        numerator.to(device), denominator.to(device), quotient, SIZE=size, **LAUNCH
+    )
+    assert_same_bits(quotient.cpu(), numerator / denominator)
