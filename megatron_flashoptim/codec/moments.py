@@ -13,9 +13,9 @@ stored scale, no zero code for a positive ``v``, and the group's largest element
 top code, which makes decode-then-encode the identity on codes and scales while the decoded
 value is a normal fp32 number.
 
-A group that holds an Inf or NaN gets a NaN scale: it decodes to NaN, so that a poisoned moment is
-never mistaken for a number. A group whose scale rounds to zero (all elements zero, or below
-half the smallest bf16 subnormal) decodes to zero.
+A group that holds an Inf or NaN gets a NaN scale and codes 0: it decodes to NaN, so that a
+poisoned moment is never mistaken for a number. A group whose scale rounds to zero (all elements
+zero, or below half the smallest bf16 subnormal) decodes to zero.
 
 The group functions take ``(groups, 32)`` tensors; the public ones take flat tensors of any
 length, whose last group may be partial. Plain PyTorch, every operation in fp32 with one
@@ -90,7 +90,7 @@ def encode_exp_avg_sq(
             )
         )
     codes, scale = encode_exp_avg_sq_groups(
-        groups, _rounding.sqrt_fp32(groups), random=bits, scale_random=scale_bits
+        _rounding.sqrt_fp32(groups), random=bits, scale_random=scale_bits
     )
     return _from_groups(codes, v.numel()), scale
 
@@ -109,17 +109,20 @@ def encode_exp_avg_groups(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode fp32 ``(groups, 32)`` to int8 ``(groups, 32)`` and bf16 ``(groups,)``."""
     magnitude = m.abs()
     absmax_bits = _bits(magnitude).amax(dim=1, keepdim=True)
-    scale_bits = _scale_bits(absmax_bits, _rounding.bf16_bits_nearest(absmax_bits))
+    scale_bits = _scale_bits(
+        absmax_bits, _rounding.bf16_bits_nearest(absmax_bits), spec.BF16_MAX_FINITE
+    )
     scale = _bf16_bits_to_fp32(scale_bits)
     factor = torch.where(scale < spec.SMALL_SCALE, spec.SMALL_SCALE_FACTOR, 1.0)
     inverse = torch.ones_like(scale) / (scale * factor)
     x = ((magnitude * factor) * inverse).clamp(max=1.0)
-    # x / ((1 + x) / 2) is 2x / (1 + x); halving is exact.
-    companded = x / (0.5 * x + 0.5) * float(spec.EXP_AVG_MAX_CODE)
-    code = torch.floor(companded + 0.5)
-    code = torch.where(_bits(magnitude) == absmax_bits, float(spec.EXP_AVG_MAX_CODE), code)
-    code = torch.where(_is_usable(scale_bits), code, 0.0)
-    code = torch.where(m < 0, -code, code)
+    # 2x / (1 + x) as x times the reciprocal of (1 + x) / 2; halving is exact.
+    half_sum = 0.5 * x + 0.5
+    companded = x * (torch.ones_like(x) / half_sum)
+    level = torch.floor(companded * float(spec.EXP_AVG_MAX_CODE) + 0.5)
+    level = torch.where(_bits(magnitude) == absmax_bits, float(spec.EXP_AVG_MAX_CODE), level)
+    level = torch.where(_is_usable(scale_bits), level, 0.0)
+    code = torch.where(m < 0, -level, level)
     return code.to(torch.int8), _bf16_from_bits(scale_bits).view(-1)
 
 
@@ -127,22 +130,21 @@ def decode_exp_avg_groups(codes: torch.Tensor, scale: torch.Tensor) -> torch.Ten
     """Decode int8 ``(groups, 32)`` and bf16 ``(groups,)`` to fp32 ``(groups, 32)``."""
     code = codes.to(torch.float32)
     # z / (2 - |z|) with z = code / 127, in small integers that fp32 holds exactly.
-    ratio = code / (2.0 * spec.EXP_AVG_MAX_CODE - code.abs())
+    denominator = 2.0 * spec.EXP_AVG_MAX_CODE - code.abs()
+    ratio = code * (torch.ones_like(denominator) / denominator)
     return scale.to(torch.float32).unsqueeze(1) * ratio
 
 
 def encode_exp_avg_sq_groups(
-    v: torch.Tensor,
     root: torch.Tensor,
     *,
     random: torch.Tensor | None = None,
     scale_random: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode a second moment given its root; stochastic where random bits are given.
+    """Encode a second moment v given its root; stochastic where random bits are given.
 
     Args:
-        v: fp32 ``(groups, 32)``.
-        root: fp32 ``(groups, 32)``, the correctly rounded square root of ``v``.
+        root: fp32 ``(groups, 32)``, the correctly rounded square root of v.
         random: int64 ``(groups, 32)`` of 32 random bits, or None to round to nearest.
         scale_random: int64 ``(groups,)`` of 32 random bits, or None to round to nearest.
 
@@ -154,17 +156,18 @@ def encode_exp_avg_sq_groups(
         rounded = _rounding.bf16_bits_nearest(max_bits)
     else:
         rounded = _rounding.bf16_bits_stochastic(max_bits, scale_random.unsqueeze(1))
-    scale_bits = _scale_bits(max_bits, rounded)
+    scale_bits = _scale_bits(max_bits, rounded, spec.EXP_AVG_SQ_MAX_SCALE)
     scale = _bf16_bits_to_fp32(scale_bits)
-    max_code = float(spec.EXP_AVG_SQ_MAX_CODE)
     # A tensor over a tensor: PyTorch computes a number over a tensor by way of the reciprocal.
-    per_scale = torch.full_like(scale, max_code) / scale
-    level = (root * per_scale).clamp(max=max_code)
-    shift = 0.5 if random is None else _rounding.uniform_from_bits(random)
-    code = torch.floor(level + shift).clamp(max=max_code)
+    max_code = torch.full_like(scale, float(spec.EXP_AVG_SQ_MAX_CODE))
+    level = torch.minimum(root * (max_code / scale), max_code)
+    if random is None:
+        level = level + 0.5
+    else:
+        level = torch.minimum(level + _rounding.uniform_from_bits(random), max_code)
+    code = torch.floor(torch.where(_bits(root) == max_bits, max_code, level))
     # A zero v would make the next update explode; see the module docstring.
-    code = torch.where(v > 0, code.clamp(min=1.0), code)
-    code = torch.where(_bits(root) == max_bits, max_code, code)
+    code = torch.where(root > 0, code.clamp(min=1.0), code)
     code = torch.where(_is_usable(scale_bits), code, 0.0)
     return code.to(torch.uint8), _bf16_from_bits(scale_bits).view(-1)
 
@@ -181,10 +184,10 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
     return value.contiguous().view(torch.int32).to(torch.int64) & spec.FP32_ABS_MASK
 
 
-def _scale_bits(absmax_bits: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """Return bf16 scale patterns: at most the largest finite one, NaN for a non-finite absmax."""
+def _scale_bits(absmax_bits: torch.Tensor, rounded: torch.Tensor, max_scale: int) -> torch.Tensor:
+    """Return bf16 scale patterns, ``max_scale`` at most; NaN for a non-finite absmax."""
     finite = absmax_bits < spec.FP32_EXPONENT_MASK
-    return torch.where(finite, rounded.clamp(max=spec.BF16_MAX_FINITE), spec.BF16_QUIET_NAN)
+    return torch.where(finite, rounded.clamp(max=max_scale), spec.BF16_QUIET_NAN)
 
 
 def _is_usable(scale_bits: torch.Tensor) -> torch.Tensor:

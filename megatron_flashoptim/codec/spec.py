@@ -39,6 +39,8 @@ NAN_QUIET_BIT: Final = 0x00400000
 NAN_HIGH_MASK: Final = -0x10000
 BF16_MAX_FINITE: Final = 0x7F7F
 BF16_QUIET_NAN: Final = 0x7FC0
+# Largest scale of the second moment, the bf16 below 2^64: its square is finite.
+EXP_AVG_SQ_MAX_SCALE: Final = 0x5F7F
 
 # Counter-based random bits: stream numbers keep the draws of one element independent.
 STREAM_EXP_AVG_SQ: Final = 0

@@ -190,7 +190,7 @@ def _step_groups(
     tl.store(exp_avg_ptrs, exp_avg_code, mask=mask)
     tl.store(exp_avg_scale_ptr + group[:, None], codec.bf16_from_bits(scale_bits), mask=mask)
     exp_avg_sq_code, scale_bits = codec.encode_exp_avg_sq(
-        v, root, random, scale_random, STOCHASTIC=STOCHASTIC_EXP_AVG_SQ
+        root, random, scale_random, STOCHASTIC=STOCHASTIC_EXP_AVG_SQ
     )
     tl.store(exp_avg_sq_ptrs, exp_avg_sq_code, mask=mask)
     tl.store(exp_avg_sq_scale_ptr + group[:, None], codec.bf16_from_bits(scale_bits), mask=mask)

@@ -15,12 +15,11 @@ import triton.language as tl
 from megatron_flashoptim.codec import spec
 
 EXP_AVG_MAX_CODE = tl.constexpr(float(spec.EXP_AVG_MAX_CODE))
-EXP_AVG_MAX_CODE_INT = tl.constexpr(spec.EXP_AVG_MAX_CODE)
-EXP_AVG_SQ_MAX_CODE_INT = tl.constexpr(spec.EXP_AVG_SQ_MAX_CODE)
 EXP_AVG_SQ_MAX_CODE = tl.constexpr(float(spec.EXP_AVG_SQ_MAX_CODE))
 INVERSE_EXP_AVG_SQ_MAX_CODE = tl.constexpr(1.0 / spec.EXP_AVG_SQ_MAX_CODE)
 FP32_EXPONENT_MASK = tl.constexpr(spec.FP32_EXPONENT_MASK)
 FP32_ABS_MASK = tl.constexpr(spec.FP32_ABS_MASK)
+EXP_AVG_SQ_MAX_SCALE = tl.constexpr(spec.EXP_AVG_SQ_MAX_SCALE)
 BF16_MAX_FINITE = tl.constexpr(spec.BF16_MAX_FINITE)
 NAN_QUIET_BIT = tl.constexpr(spec.NAN_QUIET_BIT)
 NAN_HIGH_MASK = tl.constexpr(spec.NAN_HIGH_MASK)
@@ -105,22 +104,19 @@ def split_master(weight, random, MASTER_BITS: tl.constexpr, STOCHASTIC: tl.const
 
 
 @triton.jit
-def divide(numerator, denominator):
-    """Return the correctly rounded quotient; the denominator lies between 2^-100 and 2^100.
+def reciprocal(value):
+    """Return the correctly rounded reciprocal of values in [1/2, 1] or of integers up to 254.
 
-    The steps of CUDA's own division without its branch for extreme operands: an approximate
-    reciprocal, one Newton step, and two corrections by the exact remainder.
+    One Newton step on the hardware's estimate, without the branch for extreme operands that a
+    division has. ``tests/kernels`` compare it with division for every such value on a GPU.
     """
     if INTERPRETED:
-        return tl.div_rn(numerator, denominator)
+        return tl.div_rn(tl.full(value.shape, 1.0, tl.float32), value)
     else:
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], tl.float32, is_pure=True, pack=1
+        estimate = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1
         )
-        inverse = tl.fma(inverse, tl.fma(-denominator, inverse, 1.0), inverse)
-        quotient = numerator * inverse
-        quotient = tl.fma(inverse, tl.fma(-denominator, quotient, numerator), quotient)
-        return tl.fma(inverse, tl.fma(-denominator, quotient, numerator), quotient)
+        return tl.fma(estimate, tl.fma(-value, estimate, 1.0), estimate)
 
 
 @triton.jit
@@ -130,13 +126,13 @@ def abs_bits(value):
 
 
 @triton.jit
-def group_scale(max_bits, random, STOCHASTIC: tl.constexpr):
+def group_scale(max_bits, random, MAX_SCALE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Round a group's largest pattern to a bf16 scale pattern; NaN where it is not finite."""
     if STOCHASTIC:
         rounded = (max_bits + (random >> 16).to(tl.int32)) >> 16
     else:
         rounded = (max_bits + 0x7FFF + ((max_bits >> 16) & 1)) >> 16
-    rounded = tl.minimum(rounded, BF16_MAX_FINITE)
+    rounded = tl.minimum(rounded, MAX_SCALE)
     return tl.where(max_bits < FP32_EXPONENT_MASK, rounded, BF16_QUIET_NAN)
 
 
@@ -144,7 +140,7 @@ def group_scale(max_bits, random, STOCHASTIC: tl.constexpr):
 def decode_exp_avg(code, scale):
     """Twin of ``codec.moments.decode_exp_avg_groups``; ``scale`` fp32 ``[GROUPS, 1]``."""
     value = code.to(tl.float32)
-    ratio = divide(value, 2.0 * EXP_AVG_MAX_CODE - tl.abs(value))
+    ratio = value * reciprocal(-tl.abs(value) + 2.0 * EXP_AVG_MAX_CODE)
     return scale * ratio
 
 
@@ -154,19 +150,19 @@ def encode_exp_avg(m):
     magnitude = tl.abs(m)
     bits = abs_bits(m)
     max_bits = tl.max(bits, axis=1, keep_dims=True)
-    scale_bits = group_scale(max_bits, max_bits, STOCHASTIC=False)
+    scale_bits = group_scale(max_bits, max_bits, MAX_SCALE=BF16_MAX_FINITE, STOCHASTIC=False)
     scale = (scale_bits << 16).to(tl.float32, bitcast=True)
     factor = tl.where(scale < SMALL_SCALE, SMALL_SCALE_FACTOR, 1.0)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale * factor)
     x = tl.minimum((magnitude * factor) * inverse, 1.0)
-    companded = divide(x, tl.fma(x, 0.5, 0.5))  # halving is exact: no bit differs
-    # Truncation is floor here.
-    code = (companded * EXP_AVG_MAX_CODE + 0.5).to(tl.int32)
-    code = tl.where(bits == max_bits, EXP_AVG_MAX_CODE_INT, code)
-    usable = (scale_bits > 0) & (scale_bits <= BF16_MAX_FINITE)
-    code = tl.where(usable, code, 0)
-    code = tl.where(m < 0, -code, code)
-    return code.to(tl.int8), scale_bits
+    # Halving is exact, so that the fused operation differs in no bit.
+    companded = x * reciprocal(tl.fma(x, 0.5, 0.5))
+    level = companded * EXP_AVG_MAX_CODE + 0.5
+    level = tl.where(bits == max_bits, EXP_AVG_MAX_CODE, level)
+    level = tl.where((scale_bits > 0) & (scale_bits <= BF16_MAX_FINITE), level, 0.0)
+    # Conversion truncates: floor of the magnitude.
+    level = tl.where(m < 0, -level, level)
+    return level.to(tl.int32).to(tl.int8), scale_bits
 
 
 @triton.jit
@@ -177,22 +173,22 @@ def decode_exp_avg_sq(code, scale):
 
 
 @triton.jit
-def encode_exp_avg_sq(v, root, random, scale_random, STOCHASTIC: tl.constexpr):
+def encode_exp_avg_sq(root, random, scale_random, STOCHASTIC: tl.constexpr):
     """Twin of ``codec.moments.encode_exp_avg_sq_groups``: uint8 codes, int32 scale patterns."""
     bits = abs_bits(root)
     max_bits = tl.max(bits, axis=1, keep_dims=True)
-    scale_bits = group_scale(max_bits, scale_random, STOCHASTIC=STOCHASTIC)
+    scale_bits = group_scale(
+        max_bits, scale_random, MAX_SCALE=EXP_AVG_SQ_MAX_SCALE, STOCHASTIC=STOCHASTIC
+    )
     scale = (scale_bits << 16).to(tl.float32, bitcast=True)
     per_scale = tl.div_rn(tl.full(scale.shape, EXP_AVG_SQ_MAX_CODE, tl.float32), scale)
     level = tl.minimum(root * per_scale, EXP_AVG_SQ_MAX_CODE)
-    # Truncation is floor here.
     if STOCHASTIC:
-        code = (level + uniform_from_bits(random)).to(tl.int32)
-        code = tl.minimum(code, EXP_AVG_SQ_MAX_CODE_INT)
+        level = tl.minimum(level + uniform_from_bits(random), EXP_AVG_SQ_MAX_CODE)
     else:
-        code = (level + 0.5).to(tl.int32)
-    code = tl.where(v > 0, tl.maximum(code, 1), code)
-    code = tl.where(bits == max_bits, EXP_AVG_SQ_MAX_CODE_INT, code)
-    usable = (scale_bits > 0) & (scale_bits <= BF16_MAX_FINITE)
-    code = tl.where(usable, code, 0)
+        level = level + 0.5
+    level = tl.where(bits == max_bits, EXP_AVG_SQ_MAX_CODE, level)
+    # Conversion truncates, which is floor here; a positive root takes code 1 at least.
+    code = tl.maximum(level.to(tl.int32), tl.minimum(bits, 1))
+    code = tl.where((scale_bits > 0) & (scale_bits <= BF16_MAX_FINITE), code, 0)
     return code.to(tl.uint8), scale_bits

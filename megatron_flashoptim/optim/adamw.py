@@ -169,9 +169,7 @@ def _reference_step_groups_(
     if stochastic_exp_avg_sq:
         random = bits.draw(hyper.KEY_EXP_AVG_SQ, bits.element_offsets)
         scale_random = bits.draw(hyper.KEY_EXP_AVG_SQ_SCALE, bits.group_offsets).squeeze(1)
-    codes, scale = moments.encode_exp_avg_sq_groups(
-        v, root, random=random, scale_random=scale_random
-    )
+    codes, scale = moments.encode_exp_avg_sq_groups(root, random=random, scale_random=scale_random)
     tile(shard.exp_avg_sq).copy_(codes)
     shard.exp_avg_sq_scale[groups].copy_(scale)
     if is_fp32:

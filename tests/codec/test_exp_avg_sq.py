@@ -84,14 +84,15 @@ def test_documented_limit_subnormal_v_below_scale_2_to_minus_67_is_not_lossless(
     assert (new_codes[changed].int() - codes[changed].int()).abs().max() <= 1
 
 
-def test_documented_limit_v_that_rounds_to_scale_2_to_64_decodes_to_infinity() -> None:
-    """The top 0.4 % of the fp32 range: the root rounds up to 2^64, whose square is infinite."""
-    still_finite = float(torch.tensor(2.0**64 * (1 - 2.0**-8)) ** 2)
-    codes, scale = encode_exp_avg_sq(torch.tensor([still_finite]))
-    assert decode_exp_avg_sq(codes, scale).isfinite().all()
+def test_the_largest_v_decodes_to_a_finite_number() -> None:
+    """Its root would round up to a scale of 2^64, whose square is infinite."""
     codes, scale = encode_exp_avg_sq(fp32([0x7F7FFFFF]))
-    assert_same_bits(scale, torch.tensor([2.0**64], dtype=torch.bfloat16))
-    assert decode_exp_avg_sq(codes, scale).isinf().all()
+    assert_same_bits(scale, torch.tensor([2.0**64 * (1 - 2.0**-8)], dtype=torch.bfloat16))
+    decoded = decode_exp_avg_sq(codes, scale)
+    assert decoded.isfinite().all()
+    again, same = encode_exp_avg_sq(decoded)
+    assert_same_bits(again, codes)
+    assert_same_bits(same, scale)
 
 
 def test_encode_then_decode_is_idempotent() -> None:

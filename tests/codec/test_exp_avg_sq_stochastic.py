@@ -101,7 +101,7 @@ def test_the_largest_draw_never_carries_past_the_top_code() -> None:
     root = torch.linspace(1.0, 1.0 + 0.9 * 2.0**-7, 32).unsqueeze(0)  # up to above the scale
     draws = torch.full((1, 32), 0xFFFFFFFF)
     codes, scale = encode_exp_avg_sq_groups(
-        root * root, sqrt_fp32(root * root), random=draws, scale_random=torch.zeros(1).long()
+        sqrt_fp32(root * root), random=draws, scale_random=torch.zeros(1).long()
     )
     assert scale.tolist() == [1.0]
     assert (codes == 255).all()

@@ -36,7 +36,9 @@ def _poisoned_step(flash: bool, value: float, clip_grad: float) -> dict[str, Any
 
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_poisoned_gradient_poisons_the_same_weights_as_stock(value: float, clip_grad: float) -> None:
+def test_poisoned_gradient_poisons_the_same_weights_as_stock(
+    value: float, clip_grad: float
+) -> None:
     stock = run_ranks(2, _poisoned_step, False, value, clip_grad)
     flash = run_ranks(2, _poisoned_step, True, value, clip_grad)
     for ours, theirs in zip(flash, stock, strict=True):
@@ -120,7 +122,9 @@ def _frozen(prepare: Any, **options: Any) -> dict[str, Any]:
         "owned": trainer.optimizer.owned_parameters(),
         "trained": sum(p.numel() for p in trainer.model[0].parameters() if p.requires_grad),
         "segments": [
-            len(s.segments) for o in trainer.optimizer.chained_optimizers for s in o.optimizer.shards
+            len(s.segments)
+            for o in trainer.optimizer.chained_optimizers
+            for s in o.optimizer.shards
         ],
     }
 

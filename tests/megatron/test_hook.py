@@ -171,6 +171,7 @@ def test_missing_symbol_is_named_with_the_installed_version(module: str, name: s
 
 def _missed_binding() -> str:
     import tiny_gpt
+
     from megatron_flashoptim.megatron import factory
 
     factory._distributed_optimizer_bound_to = lambda _: contextlib.nullcontext()
