@@ -31,9 +31,9 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 )
         super().__init__(chained_optimizers)
 
-    def count_zeros(self) -> float:
+    def count_zeros(self) -> int:
         """Return the number of zero gradient elements over all members."""
-        return float(sum(member.count_zeros() for member in self.chained_optimizers))
+        return sum(member.count_zeros() for member in self.chained_optimizers)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any

@@ -257,7 +257,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
             norms = [norm * self.grad_scaler.inv_scale for norm in norms]
         return norms
 
-    def count_zeros(self) -> float:
+    def count_zeros(self) -> int:
         """Return the number of zero gradient elements over all ranks of this optimizer."""
         device = torch.device(torch.cuda.current_device())
         zeros = torch.zeros((), dtype=torch.int64, device=device)
@@ -265,7 +265,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
             for norm_group in (None, *SEPARATE_GRAD_NORM_GROUPS):
                 zeros = zeros + self._grad_runs(norm_group).count_zeros(device)
         torch.distributed.all_reduce(zeros, group=self.get_grad_stats_parallel_group())
-        return float(zeros.item())
+        return int(zeros.item())
 
     def _copy_model_grads_to_main_grads(self) -> None:
         """Reset the gradient scale; gradients are read where they are."""
