@@ -15,6 +15,10 @@ KEY = "flashoptim"
 
 SHARDING_TYPE = "distrib_optim_sharding_type"
 SUPPORTED_SHARDING_TYPES = ("dp_reshardable",)
+ONLY_BUCKET_SPACE = (
+    "flash optimizer state is saved and loaded through torch_dist checkpoints in dp_reshardable "
+    "only; use --ckpt-format torch_dist, Megatron's default"
+)
 
 
 def describe(flash: FlashOptimConfig, spaces: Sequence[BucketSpace] = ()) -> dict[str, Any]:
@@ -89,7 +93,8 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
         raise ValueError(
             f"the checkpoint was saved with buckets of {saved['buckets']} elements, this run has "
             f"{layout}: dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
-            "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it"
+            "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it (by default the "
+            "bucket size grows with data-parallel sizes above 40; give the saved run's)"
         )
 
 

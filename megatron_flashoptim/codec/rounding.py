@@ -61,7 +61,7 @@ def random_bits(key: int | torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 def uniform_from_bits(bits: torch.Tensor) -> torch.Tensor:
     """Return fp32 values in [0, 1) made of the top 24 of 32 random bits (int64 tensor)."""
-    return (bits >> 8).to(torch.float32) * 2.0**-24
+    return (bits >> 8).to(torch.float32) * spec.UNIFORM_STEP
 
 
 def bf16_bits_nearest(bits: torch.Tensor) -> torch.Tensor:

@@ -51,5 +51,7 @@ STREAM_MASTER: Final = 2
 # two odd constants that spread counters before mixing (2^32 / golden ratio, 2^32 * (sqrt(2)-1)).
 MIX_MULTIPLIER_1: Final = 0x7FEB352D
 MIX_MULTIPLIER_2: Final = 0x846CA68B
+# One step of a uniform fp32 number in [0, 1) made of 24 random bits.
+UNIFORM_STEP: Final = 2.0**-24
 COUNTER_MULTIPLIER: Final = 0x9E3779B1
 STREAM_MULTIPLIER: Final = 0x6A09E667

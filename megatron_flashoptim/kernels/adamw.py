@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
-from megatron_flashoptim.kernels import codec
+from megatron_flashoptim.kernels import codec, columns
+
+LR = tl.constexpr(columns.LR)
+WEIGHT_DECAY = tl.constexpr(columns.WEIGHT_DECAY)
+BETA1 = tl.constexpr(columns.BETA1)
+ONE_MINUS_BETA1 = tl.constexpr(columns.ONE_MINUS_BETA1)
+BETA2 = tl.constexpr(columns.BETA2)
+ONE_MINUS_BETA2 = tl.constexpr(columns.ONE_MINUS_BETA2)
+EPS = tl.constexpr(columns.EPS)
+INVERSE_BIAS_CORRECTION1 = tl.constexpr(columns.INVERSE_BIAS_CORRECTION1)
+INVERSE_SQRT_BIAS_CORRECTION2 = tl.constexpr(columns.INVERSE_SQRT_BIAS_CORRECTION2)
+KEY_EXP_AVG_SQ = tl.constexpr(columns.KEY_EXP_AVG_SQ)
+KEY_EXP_AVG_SQ_SCALE = tl.constexpr(columns.KEY_EXP_AVG_SQ_SCALE)
+KEY_MASTER = tl.constexpr(columns.KEY_MASTER)
 
 # Groups of 32 and warps per program: the fastest of {32, 64, 128} x {4, 8} on an H100
 # (docs/benchmarks).
@@ -114,15 +127,15 @@ def _step_groups(
 ):
     """Step the groups from ``start`` to ``end`` of the program's GROUPS, all of one parameter."""
     hyper = hyper_ptr + row * HYPER_COLUMNS
-    lr = tl.load(hyper + 0)
-    weight_decay = tl.load(hyper + 1)
-    beta1 = tl.load(hyper + 2)
-    one_minus_beta1 = tl.load(hyper + 3)
-    beta2 = tl.load(hyper + 4)
-    one_minus_beta2 = tl.load(hyper + 5)
-    eps = tl.load(hyper + 6)
-    inverse_bias_correction1 = tl.load(hyper + 7)
-    inverse_sqrt_bias_correction2 = tl.load(hyper + 8)
+    lr = tl.load(hyper + LR)
+    weight_decay = tl.load(hyper + WEIGHT_DECAY)
+    beta1 = tl.load(hyper + BETA1)
+    one_minus_beta1 = tl.load(hyper + ONE_MINUS_BETA1)
+    beta2 = tl.load(hyper + BETA2)
+    one_minus_beta2 = tl.load(hyper + ONE_MINUS_BETA2)
+    eps = tl.load(hyper + EPS)
+    inverse_bias_correction1 = tl.load(hyper + INVERSE_BIAS_CORRECTION1)
+    inverse_sqrt_bias_correction2 = tl.load(hyper + INVERSE_SQRT_BIAS_CORRECTION2)
     grad_scale = tl.load(grad_scale_ptr + row)
 
     # Elements and groups of the tile, as offsets from its start; 64 bits for the start alone.
@@ -177,12 +190,14 @@ def _step_groups(
         element_offset = group_offset + lane.to(tl.uint32)[None, :]
         keys = key_ptr + row * HYPER_COLUMNS
     if STOCHASTIC_EXP_AVG_SQ:
-        key = codec.mix32((tl.load(keys + 9) ^ tensor_id).to(tl.uint32, bitcast=True))
+        key = codec.mix32((tl.load(keys + KEY_EXP_AVG_SQ) ^ tensor_id).to(tl.uint32, bitcast=True))
         random = codec.random_bits(key, element_offset)
-        key = codec.mix32((tl.load(keys + 10) ^ tensor_id).to(tl.uint32, bitcast=True))
+        key = codec.mix32(
+            (tl.load(keys + KEY_EXP_AVG_SQ_SCALE) ^ tensor_id).to(tl.uint32, bitcast=True)
+        )
         scale_random = codec.random_bits(key, group_offset)
     if STOCHASTIC_MASTER:
-        key = codec.mix32((tl.load(keys + 11) ^ tensor_id).to(tl.uint32, bitcast=True))
+        key = codec.mix32((tl.load(keys + KEY_MASTER) ^ tensor_id).to(tl.uint32, bitcast=True))
         master_random = codec.random_bits(key, element_offset)
 
     # Encode and store.

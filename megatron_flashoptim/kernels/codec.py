@@ -27,6 +27,7 @@ BF16_QUIET_NAN = tl.constexpr(spec.BF16_QUIET_NAN)
 MIX_MULTIPLIER_1 = tl.constexpr(spec.MIX_MULTIPLIER_1)
 MIX_MULTIPLIER_2 = tl.constexpr(spec.MIX_MULTIPLIER_2)
 COUNTER_MULTIPLIER = tl.constexpr(spec.COUNTER_MULTIPLIER)
+UNIFORM_STEP = tl.constexpr(spec.UNIFORM_STEP)
 SMALL_SCALE = tl.constexpr(spec.SMALL_SCALE)
 SMALL_SCALE_FACTOR = tl.constexpr(spec.SMALL_SCALE_FACTOR)
 # Triton's interpreter runs no inline assembly and does not fuse ``tl.fma``.
@@ -52,7 +53,7 @@ def random_bits(key, offsets):
 @triton.jit
 def uniform_from_bits(bits):
     """Twin of ``codec.rounding.uniform_from_bits``."""
-    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    return (bits >> 8).to(tl.int32).to(tl.float32) * UNIFORM_STEP
 
 
 @triton.jit

@@ -31,6 +31,16 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 )
         super().__init__(chained_optimizers)
 
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """Refresh masters from the model weights, or from a state dict of higher precision.
+
+        A state dict rewrites each rank's own part of the weights, so they are gathered again.
+        """
+        super().reload_model_params(state_dict=state_dict)
+        if state_dict is not None:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def count_zeros(self) -> int:
         """Return the number of zero gradient elements over all members."""
         return sum(member.count_zeros() for member in self.chained_optimizers)

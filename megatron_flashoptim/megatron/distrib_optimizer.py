@@ -31,7 +31,7 @@ from megatron_flashoptim.codec import split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.megatron.grad_stats import GradRuns, ShardParam
 from megatron_flashoptim.megatron.layout import check_group_alignment, compute_group_aligned_layout
-from megatron_flashoptim.megatron.support import check_optimizer_config
+from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
@@ -68,7 +68,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         **kwargs: Any,
     ) -> None:
         self.flash = flash or FlashOptimConfig()
-        check_optimizer_config(config, model_chunks[0].ddp_config)
+        check_configs(config, model_chunks)
         inner = None if optimizer is None else self._make_inner(optimizer, config)
         super().__init__(
             inner,
@@ -83,6 +83,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         self.shard_params: list[ShardParam] = []
         self._clip_handles: list[torch.nn.Parameter] = []
         self._runs: dict[str | None, GradRuns] = {}
+        self._every_run: GradRuns | None = None
         if not self.is_stub_optimizer:
             self._build_shards()
 
@@ -189,10 +190,20 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         ]
 
     def _param_ids(self) -> dict[torch.nn.Parameter, int]:
-        """Return 32-bit ids that key stochastic rounding, the same for any data-parallel size."""
-        rank = self.data_parallel_group_idx  # model-parallel rank: names repeat across those
+        """Return 32-bit ids that key stochastic rounding, equal wherever a parameter has a replica.
+
+        Replicas over tensor parallel ranks, data-parallel instances and, for tied embeddings,
+        pipeline stages get the same gradients and must round alike to stay equal. So no rank goes
+        into an id; that different layers or shards draw equal bits leaves each of them unbiased.
+        """
+
+        def key(chunk_index: int, name: str, param: torch.nn.Parameter) -> str:
+            if getattr(param, "shared_embedding", False):
+                return "shared_embedding"  # copies on several stages, under several names
+            return f"{chunk_index}/{name}"
+
         return {
-            param: zlib.crc32(f"{rank}/{chunk_index}/{name}".encode())
+            param: zlib.crc32(key(chunk_index, name, param).encode())
             for chunk_index, chunk in enumerate(self.model_chunks)
             for name, param in chunk.named_parameters()
         }
@@ -277,10 +288,10 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         self.found_inf.fill_(0.0)
         if not self.is_stub_optimizer:
             self.optimizer.table.grad_scale.mul_(self.grad_scaler.inv_scale)
-            every_param = GradRuns(
-                self.shard_params, [s.grad for s in self.optimizer.shards], lambda _: True
-            )
-            finite = every_param.all_finite(self.found_inf.device)
+            if self._every_run is None:
+                grads = [shard.grad for shard in self.optimizer.shards]
+                self._every_run = GradRuns(self.shard_params, grads, lambda _: True)
+            finite = self._every_run.all_finite(self.found_inf.device)
             self.found_inf.copy_((~finite).to(self.found_inf.dtype))
         torch.distributed.all_reduce(
             self.found_inf,
@@ -381,6 +392,38 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         """
         metadata.check_sharding_type(kwargs.get("metadata"))
         return {} if self.is_stub_optimizer else super().sharded_state_dict(*args, **kwargs)
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse the formats that gather fp32 state on one rank.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(metadata.ONLY_BUCKET_SPACE)
+
+    def load_parameter_state_from_dp_zero(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse the formats that scatter fp32 state from one rank.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(metadata.ONLY_BUCKET_SPACE)
+
+    def offload_to_cpu(self) -> None:
+        """Refuse to move the state: shards are views of buffers that stay on the GPU.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("flash optimizer state cannot be offloaded to the CPU yet")
+
+    def restore_from_cpu(self) -> None:
+        """Refuse, as ``offload_to_cpu`` does.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("flash optimizer state cannot be offloaded to the CPU yet")
 
     def sharded_param_state_dp_reshardable(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
-from megatron_flashoptim.megatron.support import check_optimizer_config
+from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import FlashOptimConfig
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def get_megatron_optimizer(
         RuntimeError: Megatron built something else than flash optimizers.
     """
     flash = flash or FlashOptimConfig()
-    check_optimizer_config(config, model_chunks[0].ddp_config)
+    check_configs(config, model_chunks)
     with _distributed_optimizer_bound_to(flash):
         built = megatron.core.optimizer.get_megatron_optimizer(
             config, model_chunks, *args, **kwargs
@@ -54,9 +53,16 @@ def get_megatron_optimizer(
 @contextmanager
 def _distributed_optimizer_bound_to(flash: FlashOptimConfig) -> Iterator[None]:
     """Let Megatron's factory find our class under the name it looks up."""
+
+    class BoundFlashDistributedOptimizer(FlashDistributedOptimizer):
+        """Takes Megatron's arguments only; a class, since Megatron may ask ``isinstance``."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, flash=flash, **kwargs)
+
     module = megatron.core.optimizer
     original = module.DistributedOptimizer
-    module.DistributedOptimizer = functools.partial(FlashDistributedOptimizer, flash=flash)
+    module.DistributedOptimizer = BoundFlashDistributedOptimizer
     try:
         yield
     finally:

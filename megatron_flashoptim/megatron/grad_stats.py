@@ -77,8 +77,10 @@ class GradRuns:
     def all_finite(self, device: torch.device | str) -> torch.Tensor:
         """Return a bool scalar on the device: whether every gradient element is finite."""
         finite = torch.ones((), dtype=torch.bool, device=device)
-        for view in self.views:
-            finite &= torch.linalg.vector_norm(view, float("inf")).isfinite()
+        if self.views:
+            finite &= (
+                torch.stack(list(torch._foreach_norm(self.views, float("inf")))).isfinite().all()
+            )
         return finite
 
     def count_zeros(self, device: torch.device | str) -> torch.Tensor:

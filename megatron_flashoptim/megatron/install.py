@@ -1,10 +1,11 @@
 """install() and uninstall(): every name of Megatron that the plugin binds, in one place.
 
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
-``get_megatron_optimizer`` and ``DistributedOptimizer.compute_full_param_layout`` (shards of whole
-quantization groups). All three do what Megatron does unless ``--optimizer`` names a flash
-optimizer. The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too, but only
-while a flash optimizer is being built (``megatron.factory``).
+``get_megatron_optimizer``, ``DistributedOptimizer.compute_full_param_layout`` (shards of whole
+quantization groups) and ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash
+optimizer was asked for). All do what Megatron does unless ``--optimizer`` names a flash optimizer.
+The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too, but only while a
+flash optimizer is being built (``megatron.factory``).
 """
 
 from __future__ import annotations
@@ -107,6 +108,21 @@ def _wrap_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_megatron_optimizer
 
 
+def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+
+        if not isinstance(self, FlashDistributedOptimizer) and _selected() is not None:
+            raise RuntimeError(
+                "--optimizer flash_adamw was given, but plain Adam in Megatron's own "
+                "DistributedOptimizer is being built. Build the optimizer with "
+                "megatron_flashoptim.get_megatron_optimizer(config, model_chunks, ...)"
+            )
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
 def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
         if _selected() is None:
@@ -126,6 +142,11 @@ BINDINGS = (
         "DistributedOptimizer.compute_full_param_layout",
         _wrap_layout,
         static=True,
+    ),
+    Binding(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.__init__",
+        _wrap_init,
     ),
 )
 # Looked up by name while an optimizer is built; checked here so that install() is the one place

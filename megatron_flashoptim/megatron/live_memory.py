@@ -11,17 +11,22 @@ import torch
 def optimizer_bytes(optimizer: Any, model_chunks: Iterable[Any]) -> tuple[int, int]:
     """Return (bytes, owned parameters) of an optimizer on this rank.
 
-    Every tensor reachable from a chained Megatron optimizer counts once by storage, except the
-    model's weights and the buffers of DistributedDataParallel.
+    Every tensor in the attributes of a chained Megatron optimizer's members, of the optimizers
+    they wrap and in the parameters' ``main_param`` counts once by storage, with its gradient,
+    except the model's weights and the buffers of DistributedDataParallel.
 
     Args:
         optimizer: a Megatron ``ChainedOptimizer`` of distributed optimizers.
         model_chunks: the model, wrapped in DistributedDataParallel.
     """
     outside: set[int] = set()
+    mains: list[torch.Tensor] = []
     for chunk in model_chunks:
         for param in chunk.parameters():
             outside.add(_storage(param))
+            main = getattr(param, "main_param", None)
+            if main is not None:
+                mains.append(main)
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             outside.update(
                 _storage(t) for t in (buffer.param_data, buffer.grad_data) if t is not None
@@ -32,7 +37,8 @@ def optimizer_bytes(optimizer: Any, model_chunks: Iterable[Any]) -> tuple[int, i
         if getattr(member, "is_stub_optimizer", False):
             continue
         inner = member.optimizer
-        tensors = [*_tensors(vars(inner)), *_tensors(member.shard_fp32_from_float16_groups)]
+        own = {key: value for key, value in vars(member).items() if key != "model_chunks"}
+        tensors = [*_tensors(vars(inner)), *_tensors(own), *mains]
         for tensor in tensors:
             for held in (tensor, tensor.grad if tensor.is_leaf else None):
                 if held is not None and _storage(held) not in outside:

@@ -106,6 +106,31 @@ RULES = (
         "flash state is saved in the dp_reshardable format so far; drop the flag",
     ),
     Rule(
+        "qk_clip",
+        _is_set,
+        "--qk-clip",
+        "it clips weight and main parameter one after the other, which are one tensor here; drop "
+        "the flag",
+    ),
+    Rule(
+        "rl_offload_optimizer_during_inference",
+        _is_set,
+        "--rl-offload-optimizer-during-inference",
+        "its state is not moved to the CPU; drop the flag",
+    ),
+    Rule(
+        "overlap_param_gather_with_optimizer_step",
+        _is_set,
+        "--overlap-param-gather-with-optimizer-step",
+        "Megatron allows it with legacy checkpoints only, which flash state has not; drop the flag",
+    ),
+    Rule(
+        "ckpt_convert_format",
+        lambda value: value not in (None, "torch_dist"),
+        "--ckpt-convert-format other than torch_dist",
+        "flash state is saved through torch_dist so far; drop the flag",
+    ),
+    Rule(
         "ckpt_format",
         lambda value: value != "torch_dist",
         "--ckpt-format other than torch_dist",
@@ -133,13 +158,23 @@ def first_refusal(optimizer: str, options: Any) -> str | None:
     return None
 
 
-def check_optimizer_config(config: Any, ddp_config: Any) -> None:
-    """Refuse an ``OptimizerConfig`` and DDP config that flash optimizers do not support.
+def check_configs(config: Any, model_chunks: list[Any]) -> None:
+    """Refuse configurations that flash optimizers do not support.
+
+    Args:
+        config: Megatron's ``OptimizerConfig``.
+        model_chunks: model chunks wrapped in DistributedDataParallel.
 
     Raises:
         ValueError: names the option and says what to do.
     """
-    for options in (config, ddp_config):
+    chunk = model_chunks[0]
+    if not hasattr(chunk, "ddp_config"):
+        raise ValueError(
+            f"flash_adamw steps models wrapped in DistributedDataParallel, got "
+            f"{type(chunk).__name__}"
+        )
+    for options in (config, chunk.ddp_config, getattr(chunk, "config", None)):
         refusal = first_refusal("flash_adamw", options)
         if refusal is not None:
             raise ValueError(refusal)

@@ -6,7 +6,7 @@ import torch
 
 from megatron_flashoptim.codec import moments, rounding, spec
 from megatron_flashoptim.codec.master import join_master, split_master_with_bits
-from megatron_flashoptim.optim import hyper
+from megatron_flashoptim.kernels import columns
 from megatron_flashoptim.optim.hyper import HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
 
@@ -154,28 +154,28 @@ def _reference_step_groups_(
     m = moments.decode_exp_avg_groups(tile(shard.exp_avg), shard.exp_avg_scale[groups])
     v = moments.decode_exp_avg_sq_groups(tile(shard.exp_avg_sq), shard.exp_avg_sq_scale[groups])
 
-    m = column(hyper.BETA1) * m + column(hyper.ONE_MINUS_BETA1) * grad
-    v = column(hyper.BETA2) * v + column(hyper.ONE_MINUS_BETA2) * (grad * grad)
+    m = column(columns.BETA1) * m + column(columns.ONE_MINUS_BETA1) * grad
+    v = column(columns.BETA2) * v + column(columns.ONE_MINUS_BETA2) * (grad * grad)
     root = rounding.sqrt_fp32(v)
-    denominator = root * column(hyper.INVERSE_SQRT_BIAS_CORRECTION2) + column(hyper.EPS)
-    update = m * column(hyper.INVERSE_BIAS_CORRECTION1) / denominator
-    update = update + column(hyper.WEIGHT_DECAY) * weight
-    weight = weight - column(hyper.LR) * update
+    denominator = root * column(columns.INVERSE_SQRT_BIAS_CORRECTION2) + column(columns.EPS)
+    update = m * column(columns.INVERSE_BIAS_CORRECTION1) / denominator
+    update = update + column(columns.WEIGHT_DECAY) * weight
+    weight = weight - column(columns.LR) * update
 
     codes, scale = moments.encode_exp_avg_groups(m)
     tile(shard.exp_avg).copy_(codes)
     shard.exp_avg_scale[groups].copy_(scale)
     random = scale_random = None
     if stochastic_exp_avg_sq:
-        random = bits.draw(hyper.KEY_EXP_AVG_SQ, bits.element_offsets)
-        scale_random = bits.draw(hyper.KEY_EXP_AVG_SQ_SCALE, bits.group_offsets).squeeze(1)
+        random = bits.draw(columns.KEY_EXP_AVG_SQ, bits.element_offsets)
+        scale_random = bits.draw(columns.KEY_EXP_AVG_SQ_SCALE, bits.group_offsets).squeeze(1)
     codes, scale = moments.encode_exp_avg_sq_groups(root, random=random, scale_random=scale_random)
     tile(shard.exp_avg_sq).copy_(codes)
     shard.exp_avg_sq_scale[groups].copy_(scale)
     if is_fp32:
         param.copy_(weight)
         return
-    random = bits.draw(hyper.KEY_MASTER, bits.element_offsets) if stochastic_master else None
+    random = bits.draw(columns.KEY_MASTER, bits.element_offsets) if stochastic_master else None
     high, new_correction = split_master_with_bits(weight, bits=shard.master_bits, random=random)
     param.copy_(high)
     if correction is not None and new_correction is not None:

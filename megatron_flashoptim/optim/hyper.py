@@ -9,21 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_flashoptim.codec import rounding, spec
-
-# Columns of the table. The first are fp32 values, the last three int32 random keys.
-LR = 0
-WEIGHT_DECAY = 1
-BETA1 = 2
-ONE_MINUS_BETA1 = 3
-BETA2 = 4
-ONE_MINUS_BETA2 = 5
-EPS = 6
-INVERSE_BIAS_CORRECTION1 = 7
-INVERSE_SQRT_BIAS_CORRECTION2 = 8
-KEY_EXP_AVG_SQ = 9
-KEY_EXP_AVG_SQ_SCALE = 10
-KEY_MASTER = 11
-COLUMNS = 12
+from megatron_flashoptim.kernels import columns
 
 
 @dataclass(frozen=True)
@@ -73,14 +59,14 @@ class HyperTable:
         device: where the table lives.
 
     Attributes:
-        keys: int32 view ``(rows, COLUMNS)``.
+        keys: int32 view ``(rows, columns)``, see ``kernels.columns``.
         values: fp32 view of the same storage.
         grad_scale: fp32 ``(rows,)``, the factor on the gradients of each row (clip coefficient
             times inverse loss scale).
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
-        self.keys = torch.zeros(rows, COLUMNS, dtype=torch.int32, device=device)
+        self.keys = torch.zeros(rows, columns.COLUMNS, dtype=torch.int32, device=device)
         self.values = self.keys.view(torch.float32)
         self.grad_scale = torch.ones(rows, dtype=torch.float32, device=device)
 

@@ -98,6 +98,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline parallel": (2, {"pp": 2}),
     "experts": (2, {"ep": 2, "experts": 4}),
     "stochastic rounding": (2, {"flash": STOCHASTIC}),
+    "stochastic rounding, tensor parallel": (2, {"tp": 2, "flash": STOCHASTIC}),
+    "stochastic rounding, tied embeddings": (2, {"pp": 2, "flash": STOCHASTIC}),
+    "beta2 0.999": (2, {"tp": 2, "optimizer": {"adam_beta2": 0.999}}),
     "32-bit masters": (2, {"flash": FlashOptimConfig(master_bits=32)}),
     "16-bit masters": (
         2,

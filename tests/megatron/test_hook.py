@@ -67,6 +67,10 @@ REFUSED = {
     "--use-torch-fsdp2": ("--use-torch-fsdp2", "drop the flag"),
     "--fp8-param-gather": ("--fp8-param-gather", "drop the flag"),
     "--optimizer-cuda-graph": ("--optimizer-cuda-graph", "drop the flag"),
+    "--qk-clip": ("--qk-clip", "drop the flag"),
+    "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
+    "--overlap-param-gather-with-optimizer-step": ("--overlap-param-gather-with", "drop the flag"),
+    "--ckpt-convert-format torch": ("--ckpt-convert-format", "drop the flag"),
     "--ckpt-format torch": ("--ckpt-format", "use --ckpt-format torch_dist"),
     "--dist-ckpt-optim-fully-reshardable": ("--dist-ckpt-optim-fully-reshardable", "dp_resh"),
     "--flash-master-bits 16": ("--flash-master-bits 16", "--flash-master-rounding stochastic"),
@@ -114,6 +118,7 @@ def _bound() -> list[Any]:
         arguments.add_megatron_arguments,
         training.get_megatron_optimizer,
         DistributedOptimizer.compute_full_param_layout,
+        DistributedOptimizer.__init__,
     ]
 
 
@@ -186,6 +191,49 @@ def test_plain_adam_is_never_trained_silently() -> None:
     (message,) = run_ranks(1, _missed_binding)
     assert "expected FlashDistributedOptimizer" in message
     assert "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer" in message
+
+
+def _stock_factory_with_flash_arguments() -> str:
+    import tiny_gpt
+    from megatron.training import global_vars
+
+    args = _parse("--optimizer", "flash_adamw")
+    global_vars._GLOBAL_ARGS = args
+    try:
+        tiny_gpt.build(tiny_gpt.Setup(flash=None))
+    except RuntimeError as problem:
+        return str(problem)
+    return ""
+
+
+def test_a_script_that_builds_megatrons_own_optimizer_is_stopped() -> None:
+    (message,) = run_ranks(1, _stock_factory_with_flash_arguments)
+    assert "plain Adam in Megatron's own DistributedOptimizer" in message
+    assert "megatron_flashoptim.get_megatron_optimizer" in message
+
+
+def _legacy_entry_points() -> list[str]:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup())
+    messages = []
+    for call in (
+        lambda: trainer.optimizer.save_parameter_state("nowhere"),
+        lambda: trainer.optimizer.chained_optimizers[0].load_parameter_state_from_dp_zero({}),
+        trainer.optimizer.offload_to_cpu,
+    ):
+        try:
+            call()
+        except (ValueError, NotImplementedError) as problem:
+            messages.append(str(problem))
+    return messages
+
+
+def test_entry_points_without_flash_support_say_so() -> None:
+    (messages,) = run_ranks(1, _legacy_entry_points)
+    assert len(messages) == 3
+    assert all("torch_dist" in message for message in messages[:2])
+    assert "offloaded" in messages[2]
 
 
 def _name_is_restored() -> None:

@@ -43,6 +43,7 @@ class Setup:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    instances: int = 1
     layers: int = 2
     hidden: int = 64
     tied: bool = True
@@ -122,6 +123,7 @@ def build(setup: Setup) -> Trainer:
             tensor_model_parallel_size=setup.tp,
             pipeline_model_parallel_size=setup.pp,
             expert_model_parallel_size=setup.ep,
+            num_distributed_optimizer_instances=setup.instances,
         )
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234)
@@ -171,6 +173,7 @@ def build(setup: Setup) -> Trainer:
         overlap_grad_reduce=setup.overlap,
         overlap_param_gather=setup.overlap,
         bucket_size=setup.bucket_size,
+        num_distributed_optimizer_instances=setup.instances,
         check_for_nan_in_grad=False,
     )
     layout_class = FlashDistributedOptimizer if setup.flash else DistributedOptimizer
@@ -178,7 +181,9 @@ def build(setup: Setup) -> Trainer:
     layout = layout_class.compute_full_param_layout(
         [p for p in model.parameters() if p.requires_grad],
         setup.bucket_size if setup.overlap and pp_rank == 0 else None,
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        parallel_state.get_data_parallel_world_size(
+            with_context_parallel=True, partial_data_parallel=setup.instances > 1
+        ),
         ddp_config,
         expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_flashoptim.codec import rounding, spec
-from megatron_flashoptim.optim import hyper
+from megatron_flashoptim.kernels import columns
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
 
 ROWS = [
@@ -30,11 +30,11 @@ def _column(table: HyperTable, column: int) -> list[np.float32]:
 def test_every_value_is_read_back_rounded_to_fp32() -> None:
     table = _filled()
     for column, name in (
-        (hyper.LR, "lr"),
-        (hyper.WEIGHT_DECAY, "weight_decay"),
-        (hyper.BETA1, "beta1"),
-        (hyper.BETA2, "beta2"),
-        (hyper.EPS, "eps"),
+        (columns.LR, "lr"),
+        (columns.WEIGHT_DECAY, "weight_decay"),
+        (columns.BETA1, "beta1"),
+        (columns.BETA2, "beta2"),
+        (columns.EPS, "eps"),
     ):
         assert _column(table, column) == [np.float32(getattr(row, name)) for row in ROWS], name
 
@@ -42,15 +42,15 @@ def test_every_value_is_read_back_rounded_to_fp32() -> None:
 def test_complements_of_the_betas_are_taken_before_rounding() -> None:
     """1 - beta2 from fp32 beta2 = 0.999 would be off by 5e-5."""
     table = _filled()
-    ones = _column(table, hyper.ONE_MINUS_BETA1), _column(table, hyper.ONE_MINUS_BETA2)
+    ones = _column(table, columns.ONE_MINUS_BETA1), _column(table, columns.ONE_MINUS_BETA2)
     assert ones[0] == [np.float32(1 - row.beta1) for row in ROWS]
     assert ones[1] == [np.float32(1 - row.beta2) for row in ROWS]
 
 
 def test_bias_corrections_are_the_inverses_of_1_minus_beta_to_the_step() -> None:
     table = _filled()
-    first = _column(table, hyper.INVERSE_BIAS_CORRECTION1)
-    second = _column(table, hyper.INVERSE_SQRT_BIAS_CORRECTION2)
+    first = _column(table, columns.INVERSE_BIAS_CORRECTION1)
+    second = _column(table, columns.INVERSE_SQRT_BIAS_CORRECTION2)
     corrected = ROWS[:2]
     assert first[:2] == [np.float32(1 / (1 - r.beta1**r.step)) for r in corrected]
     assert second[:2] == [np.float32((1 - r.beta2**r.step) ** -0.5) for r in corrected]
@@ -62,9 +62,9 @@ def test_keys_are_those_of_seed_step_and_stream(seed: int) -> None:
     """All 32 bits survive: as fp32 some keys would be NaNs whose bits a copy may change."""
     keys = _filled(seed).keys.to(torch.int64) & 0xFFFFFFFF
     for column, stream in (
-        (hyper.KEY_EXP_AVG_SQ, spec.STREAM_EXP_AVG_SQ),
-        (hyper.KEY_EXP_AVG_SQ_SCALE, spec.STREAM_EXP_AVG_SQ_SCALE),
-        (hyper.KEY_MASTER, spec.STREAM_MASTER),
+        (columns.KEY_EXP_AVG_SQ, spec.STREAM_EXP_AVG_SQ),
+        (columns.KEY_EXP_AVG_SQ_SCALE, spec.STREAM_EXP_AVG_SQ_SCALE),
+        (columns.KEY_MASTER, spec.STREAM_MASTER),
     ):
         expected = [rounding.launch_key(seed, row.step, stream) for row in ROWS]
         assert keys[:, column].tolist() == expected
@@ -73,9 +73,9 @@ def test_keys_are_those_of_seed_step_and_stream(seed: int) -> None:
 def test_values_and_keys_are_one_storage_of_distinct_columns() -> None:
     table = _filled()
     assert table.values.data_ptr() == table.keys.data_ptr()
-    columns = [value for name, value in vars(hyper).items() if name.isupper() and name != "COLUMNS"]
-    assert sorted(columns) == list(range(hyper.COLUMNS))
-    assert table.keys.shape == (3, hyper.COLUMNS)
+    numbers = [n for name, n in vars(columns).items() if name.isupper() and name != "COLUMNS"]
+    assert sorted(numbers) == list(range(columns.COLUMNS))
+    assert table.keys.shape == (3, columns.COLUMNS)
 
 
 def test_refilling_replaces_every_row() -> None:
@@ -103,4 +103,4 @@ def test_a_table_without_rows_can_be_filled() -> None:
 
 
 def test_nbytes_counts_table_and_gradient_scales() -> None:
-    assert HyperTable(3, "cpu").nbytes() == 3 * (hyper.COLUMNS + 1) * 4
+    assert HyperTable(3, "cpu").nbytes() == 3 * (columns.COLUMNS + 1) * 4
