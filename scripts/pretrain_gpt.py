@@ -97,6 +97,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
 
 
+# Megatron reads this attribute of the function.
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS
@@ -98,8 +99,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _positive[T: (int, float)](kind: type[T]):  # type: ignore[no-untyped-def]
-    def parse(text: str) -> T:
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
         value = kind(text)
         if value <= 0:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")

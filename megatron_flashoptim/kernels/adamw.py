@@ -22,8 +22,8 @@ KEY_EXP_AVG_SQ = tl.constexpr(columns.KEY_EXP_AVG_SQ)
 KEY_EXP_AVG_SQ_SCALE = tl.constexpr(columns.KEY_EXP_AVG_SQ_SCALE)
 KEY_MASTER = tl.constexpr(columns.KEY_MASTER)
 
-# Groups of 32 and warps per program: the fastest of {32, 64, 128} x {4, 8} on an H100
-# (docs/benchmarks).
+# Groups of 32 and warps per program: within 2 % of the fastest of {16, 32, 64} x {2, 4} on an H100
+# (docs/benchmarks), and the fastest with stochastic rounding.
 GROUPS_PER_PROGRAM = 32
 NUM_WARPS = 4
 

@@ -59,6 +59,7 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         _select(parser.error, namespace)
         return namespace, rest
 
+    # On this parser alone; parse_args calls it.
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign]
     return parser
 

@@ -137,6 +137,7 @@ def _redirect_tensors() -> None:
             return plain_type(self).replace("torch.", "torch.cuda.", 1)
         return plain_type(self, dtype, *args, **kwargs)
 
+    # Replacing methods of torch is what this module is for.
     torch.Tensor.type = type_named_cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 

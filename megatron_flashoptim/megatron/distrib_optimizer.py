@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS, MegatronOptimizer
+from megatron.core.optimizer.optimizer import (
+    GRAD_NORM_GROUP_ATTR,
+    SEPARATE_GRAD_NORM_GROUPS,
+    MegatronOptimizer,
+)
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.tensor_parallel import (
@@ -161,7 +165,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
                 )
                 for local, param_range, param in located:
                     group_index = self.model_param_group_index_map[param][0]
-                    norm_group = getattr(param, "grad_norm_group", None)
+                    norm_group = getattr(param, GRAD_NORM_GROUP_ATTR, None)
                     row = rows.setdefault((group_index, norm_group), len(rows))
                     segments.append(
                         Segment(
@@ -219,7 +223,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         handle = torch.nn.Parameter(torch.zeros_like(scale[row : row + 1]))
         handle.grad = scale[row : row + 1]
         if norm_group is not None:
-            handle.grad_norm_group = norm_group  # type: ignore[attr-defined]
+            setattr(handle, GRAD_NORM_GROUP_ATTR, norm_group)
         return handle
 
     def get_parameters(self) -> list[torch.nn.Parameter]:
@@ -234,7 +238,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         if norm_group not in self._runs:
 
             def counts(param: torch.nn.Parameter) -> bool:
-                own_group = getattr(param, "grad_norm_group", None)
+                own_group = getattr(param, GRAD_NORM_GROUP_ATTR, None)
                 if own_group not in SEPARATE_GRAD_NORM_GROUPS:
                     own_group = None
                 return own_group == norm_group and self._counts_on_this_rank(param)

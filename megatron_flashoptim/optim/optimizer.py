@@ -70,6 +70,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.row_groups = list(row_groups)
         self.table = HyperTable(len(self.row_groups), device)
 
+    # The base class's overloads return a closure's loss; there is no closure here.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every shard once, one launch per bucket.

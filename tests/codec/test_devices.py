@@ -16,7 +16,9 @@ from megatron_flashoptim.codec import (
     split_master,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compares CPU and GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="compares CPU and GPU, and no GPU is visible"
+)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -175,16 +175,43 @@ def test_clipping_scales_in_the_kernel_and_leaves_the_gradient_buffer_alone() ->
         assert scale == 1.0
 
 
-def _loss_scaled(scale: float | None) -> Any:
+def _loss_scaled(scale: float | None) -> tuple[float, float]:
     import tiny_gpt
 
-    trainer = tiny_gpt.build(tiny_gpt.Setup(optimizer={"loss_scale": scale}))
+    options = {"loss_scale": scale, "clip_grad": 0.0}
+    trainer = tiny_gpt.build(tiny_gpt.Setup(optimizer=options))
     _, norm, _ = trainer.step()
-    return norm, trainer.weights()
+    (member,) = trainer.optimizer.chained_optimizers
+    return norm, member.optimizer.table.grad_scale[0].item()
 
 
 def test_constant_loss_scale_is_divided_out_of_norm_and_update() -> None:
     # The schedule here does not multiply the loss, so that a scale of 2 halves the gradient.
-    plain = run_ranks(2, _loss_scaled, None)[0][0]
-    halved = run_ranks(2, _loss_scaled, 2.0)[0][0]
+    ((plain, one),) = run_ranks(1, _loss_scaled, None)
+    ((halved, half),) = run_ranks(1, _loss_scaled, 2.0)
     assert halved == pytest.approx(plain / 2, rel=1e-6)
+    assert (one, half) == (1.0, 0.5)
+
+
+def _overflow(rank_with_inf: int) -> tuple[Any, bool, list[int]]:
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(optimizer={"loss_scale": 2.0}))
+    trainer.step()
+    (member,) = trainer.optimizer.chained_optimizers
+    (shard,) = member.optimizer.shards
+    shard.grad.fill_(1.0)
+    if torch.distributed.get_rank() == rank_with_inf:
+        shard.grad[40] = float("inf")
+    kept = [tensor.clone() for _, tensor in shard.state()]
+    weights = shard.param.clone()
+    result = trainer.optimizer.step()
+    same = all(torch.equal(a, b) for a, (_, b) in zip(kept, shard.state(), strict=True))
+    steps = [group["step"] for group in trainer.optimizer.param_groups]
+    return result, same and torch.equal(weights, shard.param), steps
+
+
+def test_overflow_under_a_loss_scale_skips_the_step_on_every_rank() -> None:
+    for result, untouched, steps in run_ranks(2, _overflow, 1):
+        assert result == (False, None, None)
+        assert untouched and set(steps) == {1}

@@ -108,6 +108,21 @@ def test_flash_adamw_follows_adam_in_the_training_loop(corpus: Path) -> None:
         assert float(flash[iteration][1]) > 1.0, "the params norm is never 0"
 
 
+@pytest.mark.parametrize("flags", ["--finetune", "--no-load-optim --no-load-rng"])
+def test_weights_of_a_stock_checkpoint_load_without_its_optimizer(
+    corpus: Path, tmp_path: Path, flags: str
+) -> None:
+    script = ROOT / "scripts" / "pretrain_gpt.py"
+    save = ("--save", str(tmp_path), "--save-interval", "4")
+    adam = _train(script, corpus, "--optimizer", "adam", "--train-iters", "4", *save)
+    load = ("--load", str(tmp_path), *flags.split(), "--train-iters", "8")
+    flash = _train(script, corpus, "--optimizer", "flash_adamw", *load)
+    start = min(flash)
+    assert start == (1 if flags == "--finetune" else 5)
+    fresh_loss = float(adam[min(adam)][0])
+    assert float(flash[start][0]) < fresh_loss - 0.2, "it must start from the trained weights"
+
+
 def test_wrong_flags_end_the_launch_with_one_line(corpus: Path) -> None:
     script = ROOT / "scripts" / "pretrain_gpt.py"
     flags = ("--optimizer", "flash_adamw", "--train-iters", "1", "--fp8-param-gather")

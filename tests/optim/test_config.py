@@ -31,7 +31,7 @@ def test_a_value_that_is_not_a_choice_is_refused_by_flag_choices_and_value(
 
 def test_auto_is_no_rounding_of_masters() -> None:
     with pytest.raises(ValueError, match="--flash-master-rounding must be one of"):
-        FlashOptimConfig(master_rounding="auto")  # type: ignore[arg-type]
+        FlashOptimConfig(master_rounding="auto")  # type: ignore[arg-type]  # the bad value tested
 
 
 def test_16_bit_masters_need_stochastic_rounding_and_the_error_says_so() -> None:
@@ -55,7 +55,7 @@ def test_defaults_are_24_bits_with_automatic_rounding() -> None:
 
 def test_a_config_cannot_change_after_its_checks() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FlashOptimConfig().master_bits = 16  # type: ignore[misc]
+        FlashOptimConfig().master_bits = 16  # type: ignore[misc]  # the refusal tested
 
 
 @pytest.mark.parametrize(
