@@ -63,18 +63,19 @@ def split_master(
         raise ValueError(f"split_master takes an fp32 weight, got {weight.dtype}")
     if rounding not in spec.ROUNDINGS:
         raise ValueError(f"rounding must be one of {spec.ROUNDINGS}, got {rounding!r}")
-    random = None
+    draw = None
     if rounding == "stochastic":
         key = _rounding.tensor_key(_rounding.launch_key(seed, step, spec.STREAM_MASTER), 0)
-        offsets = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
-        random = _rounding.random_bits(key, offsets)
-    return split_master_with_bits(weight, bits=bits, random=random)
+        groups = torch.arange(-(-weight.numel() // spec.GROUP_SIZE), device=weight.device)
+        draws = _rounding.element_draws(_rounding.group_key(key, groups))
+        draw = draws.flatten()[: weight.numel()].view(weight.shape)
+    return split_master_with_draws(weight, bits=bits, draw=draw)
 
 
-def split_master_with_bits(
-    weight: torch.Tensor, *, bits: int, random: torch.Tensor | None
+def split_master_with_draws(
+    weight: torch.Tensor, *, bits: int, draw: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split an fp32 master weight given the random bits (int64) of each element, or None."""
+    """Split an fp32 master weight given the 16-bit draw (int64) of each element, or None."""
     dtype = correction_dtype(bits)
     # Signed arithmetic: the sign bit is the top bit, so magnitudes carry exactly as unsigned.
     pattern = weight.contiguous().view(torch.int32).to(torch.int64)
@@ -84,11 +85,11 @@ def split_master_with_bits(
         high = (pattern + 0x8000) >> 16
         correction = pattern - (high << 16)
     elif bits == 24:
-        pattern24 = (pattern + (0x80 if random is None else random >> 24)) >> 8
+        pattern24 = (pattern + (0x80 if draw is None else draw >> 8)) >> 8
         high = (pattern24 + 0x80) >> 8
         correction = pattern24 - (high << 8)
     else:
-        high = (pattern + (0x8000 if random is None else random >> 16)) >> 16
+        high = (pattern + (0x8000 if draw is None else draw)) >> 16
         correction = torch.zeros_like(high)
     high_bf16 = high.to(torch.int16).view(torch.bfloat16)
     return high_bf16, None if dtype is None else correction.to(dtype)

@@ -37,20 +37,20 @@ def launch_key(seed: int, step: int, stream: int) -> int:
 
 def tensor_key(key: int, tensor_id: int) -> int:
     """Return the key of one tensor within a stream (``tensor_id`` 0 for a lone tensor)."""
-    return mix32(key ^ tensor_id)
+    return key ^ tensor_id
 
 
-def random_bits(key: int | torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return 32 random bits per element, a pure function of key and element offset.
+def group_key(key: int | torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Return the key of each quantization group of a tensor.
 
     Args:
-        key: key of the tensor (``tensor_key``), or an int64 tensor broadcastable to ``offsets``.
-        offsets: int64 tensor, element offsets counted from the tensor's first element.
+        key: key of the tensor (``tensor_key``), or an int64 tensor broadcastable to ``group``.
+        group: int64 tensor, group numbers counted from the tensor's first group.
 
     Returns:
-        int64 tensor like ``offsets`` with values in [0, 2^32).
+        int64 tensor like ``group`` with values in [0, 2^32).
     """
-    value = (offsets * spec.COUNTER_MULTIPLIER + key) & _MASK32
+    value = (group * spec.COUNTER_MULTIPLIER + key) & _MASK32
     value = value ^ (value >> 16)
     value = (value * spec.MIX_MULTIPLIER_1) & _MASK32
     value = value ^ (value >> 15)
@@ -59,9 +59,40 @@ def random_bits(key: int | torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return value ^ (value >> 16)
 
 
-def uniform_from_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Return fp32 values in [0, 1) made of the top 24 of 32 random bits (int64 tensor)."""
-    return (bits >> 8).to(torch.float32) * spec.UNIFORM_STEP
+def pair_bits(group_key: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+    """Return 32 random bits for each pair of elements of a group.
+
+    One round of the mixer suffices on top of the two that made the group's key.
+
+    Args:
+        group_key: int64, broadcastable to ``pair``.
+        pair: int64, number of the pair in its group.
+    """
+    value = (group_key + (pair + 1) * spec.COUNTER_MULTIPLIER) & _MASK32
+    value = value ^ (value >> 16)
+    value = (value * spec.MIX_MULTIPLIER_1) & _MASK32
+    return value ^ (value >> 15)
+
+
+def element_draws(group_key: torch.Tensor) -> torch.Tensor:
+    """Return the 16-bit draws of the elements of each group.
+
+    Args:
+        group_key: int64 ``(groups,)``.
+
+    Returns:
+        int64 ``(groups, 32)`` in [0, 2^16): an even element has the low half of its pair's bits,
+        an odd one the high half.
+    """
+    lane = torch.arange(spec.GROUP_SIZE, device=group_key.device)
+    bits = pair_bits(group_key.unsqueeze(1), lane // 2)
+    return (bits >> (spec.DRAW_BITS * (lane % 2))) & 0xFFFF
+
+
+def scale_draws(group_key: torch.Tensor) -> torch.Tensor:
+    """Return the 16-bit draw of each group's scale: int64 ``(groups,)`` to ``(groups,)``."""
+    pair = torch.full_like(group_key, spec.SCALE_PAIR)
+    return pair_bits(group_key, pair) >> spec.DRAW_BITS
 
 
 def bf16_bits_nearest(bits: torch.Tensor) -> torch.Tensor:
@@ -76,14 +107,40 @@ def bf16_bits_nearest(bits: torch.Tensor) -> torch.Tensor:
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
-def bf16_bits_stochastic(bits: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+def bf16_bits_stochastic(bits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     """Round non-negative finite fp32 patterns to bf16 patterns, up with probability = remainder.
 
     Args:
         bits: int64 tensor of fp32 patterns in [0, 0x7F800000).
-        random: int64 tensor of 32 random bits per element; the top 16 are used.
+        draw: int64 tensor of 16 random bits per element.
     """
-    return (bits + (random >> 16)) >> 16
+    return (bits + draw) >> 16
+
+
+def fma_fp32(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Return ``x * y + z`` of fp32 tensors, rounded once, as a GPU's fused multiply-add."""
+    product = x.to(torch.float64) * y.to(torch.float64)  # exact
+    addend = z.to(torch.float64)
+    total = product + addend
+    # fp64 rounded once already. Rounding again to fp32 can differ only where that lands half way
+    # between two fp32 numbers, which is rare, or on a subnormal.
+    pattern = total.view(torch.int64)
+    doubtful = (pattern & 0x1FFFFFFF) == 0x10000000
+    doubtful |= total.abs() < 2.0**-126
+    if doubtful.any():
+        # Round to odd instead (Boldo and Melquiond, 2008): move to the odd neighbour if inexact.
+        rest = total - product
+        error = (product - (total - rest)) + (addend - rest)
+        away = torch.where((error > 0) == (total > 0), 1, -1)
+        odd = torch.where((error != 0) & (pattern % 2 == 0), pattern + away, pattern)
+        total = torch.where(total.isfinite(), odd.view(torch.float64), total)
+    return total.to(torch.float32)
+
+
+def reciprocal_fp32(value: torch.Tensor) -> torch.Tensor:
+    """Return the correctly rounded reciprocal of positive fp32 values; 0 where it is subnormal."""
+    inverse = torch.ones_like(value) / value
+    return torch.where(inverse < 2.0**-126, 0.0, inverse)
 
 
 def sqrt_fp32(value: torch.Tensor) -> torch.Tensor:

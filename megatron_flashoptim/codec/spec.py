@@ -19,10 +19,22 @@ EXP_AVG_MAX_CODE: Final = 127
 # Largest code of the second moment (uint8).
 EXP_AVG_SQ_MAX_CODE: Final = 255
 
-# Scales of the first moment below 2^-64 are multiplied by 2^64, with their elements, before the
-# codes are computed: the inverse of a subnormal scale would overflow.
-SMALL_SCALE: Final = 2.0**-64
-SMALL_SCALE_FACTOR: Final = 2.0**64
+# A group's first moments are stored as zeros if the largest is below 2^-100, as NaN if it is 2^100
+# or more: between them neither a scale nor its reciprocal nor a quotient is subnormal.
+EXP_AVG_SMALLEST: Final = 2.0**-100
+EXP_AVG_LIMIT: Final = 2.0**100
+
+# A step computes second moments in units of (2^-24)^2: gradients are multiplied by 2^24 on the way
+# in, so that neither the square of a small gradient nor its root's remainder is subnormal.
+STEP_UNIT: Final = 2.0**-24
+# Added to every second moment, in those units: its root is exact without a branch for zero, and
+# is the root of this number, 2^-74 in plain units, exactly where the moment is zero.
+STEP_EXP_AVG_SQ_ZERO: Final = 2.0**-100
+
+# Code of the root r of the second moment relative to the group's largest: in proportion to r (the
+# paper's), or to the square root of r, which spends more codes on small elements.
+EXP_AVG_SQ_CODES: Final = ("sqrt", "fourth_root")
+ExpAvgSqCode = Literal["sqrt", "fourth_root"]
 
 # Bits of the master weight: bf16 (16), bf16 + int8 correction (24), bf16 + int16 correction (32).
 MASTER_BITS: Final = (16, 24, 32)
@@ -44,14 +56,21 @@ EXP_AVG_SQ_MAX_SCALE: Final = 0x5F7F
 
 # Counter-based random bits: stream numbers keep the draws of one element independent.
 STREAM_EXP_AVG_SQ: Final = 0
-STREAM_EXP_AVG_SQ_SCALE: Final = 1
-STREAM_MASTER: Final = 2
+STREAM_MASTER: Final = 1
 
 # Bijective 32-bit mixer (two multiply-xorshift rounds; constants of Wellons' "lowbias32") and
 # two odd constants that spread counters before mixing (2^32 / golden ratio, 2^32 * (sqrt(2)-1)).
 MIX_MULTIPLIER_1: Final = 0x7FEB352D
 MIX_MULTIPLIER_2: Final = 0x846CA68B
-# One step of a uniform fp32 number in [0, 1) made of 24 random bits.
-UNIFORM_STEP: Final = 2.0**-24
 COUNTER_MULTIPLIER: Final = 0x9E3779B1
 STREAM_MULTIPLIER: Final = 0x6A09E667
+# Elements draw 16 bits each, two from one hash: 2^-16 of a code step is finer than what a small
+# second moment loses in a step, and half the hashes make rounding nearly free.
+DRAW_BITS: Final = 16
+# The draw that rounds to nearest, half up.
+DRAW_OF_NEAREST: Final = 1 << (DRAW_BITS - 1)
+# Number of the draw of a group's scale, after the pairs 0 to 15 of its elements.
+SCALE_PAIR: Final = GROUP_SIZE // 2
+# Codes of the second moment are rounded in fixed point, with this many bits below the code: with
+# the 8 of the code they fill an fp32 mantissa.
+EXP_AVG_SQ_FRACTION_BITS: Final = 15

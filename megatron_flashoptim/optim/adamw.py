@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_flashoptim.codec import moments, rounding, spec
-from megatron_flashoptim.codec.master import join_master, split_master_with_bits
+from megatron_flashoptim.codec.master import join_master, split_master_with_draws
+from megatron_flashoptim.codec.rounding import fma_fp32 as fma
 from megatron_flashoptim.kernels import columns
 from megatron_flashoptim.optim.hyper import HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
@@ -71,6 +72,7 @@ def launch_adamw_kernel_(
         table.values,
         table.keys,
         table.grad_scale,
+        table.skip,
         segments.start,
         segments.row,
         segments.tensor_id,
@@ -78,6 +80,7 @@ def launch_adamw_kernel_(
         segments.tile_segment,
         groups_per_tile=segments.groups_per_tile,
         master_bits=shard.master_bits,
+        fourth_root=shard.exp_avg_sq_code == "fourth_root",
         stochastic_exp_avg_sq=exp_avg_sq_rounding == "stochastic",
         stochastic_master=master_rounding == "stochastic",
         **tuning,
@@ -92,6 +95,8 @@ def reference_adamw_step_(
     master_rounding: spec.Rounding,
 ) -> None:
     """Step one shard in plain PyTorch (modified in place); the oracle of the kernel."""
+    if table.skip.item():
+        return
     segments = shard.segments
     row = segments.per_group(segments.row)
     tensor_id = segments.per_group(segments.tensor_id).to(torch.int64)
@@ -105,28 +110,25 @@ def reference_adamw_step_(
             groups,
             row[groups],
             _RandomBits(table.keys[row[groups]], tensor_id[groups], group_in_tensor[groups]),
+            shard.exp_avg_sq_code,
             exp_avg_sq_rounding == "stochastic",
             master_rounding == "stochastic",
         )
 
 
 class _RandomBits:
-    """Random bits of a run of groups, see ``codec.rounding``."""
+    """Keys of the random bits of a run of groups, see ``codec.rounding``."""
 
     def __init__(
         self, keys: torch.Tensor, tensor_id: torch.Tensor, group_in_tensor: torch.Tensor
     ) -> None:
         self._keys = keys.to(torch.int64)
         self._tensor_id = tensor_id
-        first = (group_in_tensor * spec.GROUP_SIZE).unsqueeze(1)
-        self.element_offsets = first + torch.arange(spec.GROUP_SIZE, device=keys.device)
-        self.group_offsets = first
+        self._group_in_tensor = group_in_tensor
 
-    def draw(self, key_column: int, offsets: torch.Tensor) -> torch.Tensor:
-        mixed = (self._keys[:, key_column] ^ self._tensor_id) & 0xFFFFFFFF
-        unique, inverse = torch.unique(mixed, return_inverse=True)
-        key = torch.tensor([rounding.mix32(k) for k in unique.tolist()], device=offsets.device)
-        return rounding.random_bits(key[inverse].unsqueeze(1), offsets)
+    def group_keys(self, key_column: int) -> torch.Tensor:
+        key = (self._keys[:, key_column] ^ self._tensor_id) & 0xFFFFFFFF
+        return rounding.group_key(key, self._group_in_tensor)
 
 
 def _reference_step_groups_(
@@ -135,6 +137,7 @@ def _reference_step_groups_(
     groups: slice,
     row: torch.Tensor,
     bits: _RandomBits,
+    code: spec.ExpAvgSqCode,
     stochastic_exp_avg_sq: bool,
     stochastic_master: bool,
 ) -> None:
@@ -150,33 +153,51 @@ def _reference_step_groups_(
     correction = None if shard.correction is None else tile(shard.correction)
     is_fp32 = param.dtype == torch.float32
     weight = param if is_fp32 else join_master(param, correction)
-    grad = tile(shard.grad).to(torch.float32) * table.grad_scale[row].unsqueeze(1)
-    m = moments.decode_exp_avg_groups(tile(shard.exp_avg), shard.exp_avg_scale[groups])
-    v = moments.decode_exp_avg_sq_groups(tile(shard.exp_avg_sq), shard.exp_avg_sq_scale[groups])
+    grad = tile(shard.grad).to(torch.float32)
+    grad_scale = table.grad_scale[row].unsqueeze(1)
+    exp_avg_scale = shard.exp_avg_scale[groups].to(torch.float32).unsqueeze(1)
+    # Second moments are computed in units of STEP_UNIT squared.
+    root_scale = shard.exp_avg_sq_scale[groups].to(torch.float32).unsqueeze(1) / spec.STEP_UNIT
+    step_size = root_scale * moments.exp_avg_sq_step(code) * column(columns.SQRT_BETA2)
 
-    m = column(columns.BETA1) * m + column(columns.ONE_MINUS_BETA1) * grad
-    v = column(columns.BETA2) * v + column(columns.ONE_MINUS_BETA2) * (grad * grad)
-    root = rounding.sqrt_fp32(v)
-    denominator = root * column(columns.INVERSE_SQRT_BIAS_CORRECTION2) + column(columns.EPS)
-    update = m * column(columns.INVERSE_BIAS_CORRECTION1) / denominator
-    update = update + column(columns.WEIGHT_DECAY) * weight
-    weight = weight - column(columns.LR) * update
+    m = fma(
+        column(columns.BETA1) * exp_avg_scale,
+        moments.exp_avg_ratio(tile(shard.exp_avg)),
+        grad * (grad_scale * column(columns.ONE_MINUS_BETA1)),
+    )
+    root = step_size * moments.exp_avg_sq_level(tile(shard.exp_avg_sq), code=code)
+    weighted = grad * (grad_scale * (column(columns.SQRT_ONE_MINUS_BETA2) / spec.STEP_UNIT))
+    zero = torch.full_like(weighted, spec.STEP_EXP_AVG_SQ_ZERO)
+    v = fma(root, root, fma(weighted, weighted, zero))
+    root = torch.where(v.isinf(), torch.nan, rounding.sqrt_fp32(v))
+    per_root = column(columns.INVERSE_SQRT_BIAS_CORRECTION2) * spec.STEP_UNIT
+    denominator = fma(root, per_root, column(columns.EPS))
+    decay = column(columns.DECAY) * weight
+    inverse = rounding.reciprocal_fp32(denominator)
+    weight = weight - fma(m * column(columns.STEP_SIZE), inverse, decay)
 
     codes, scale = moments.encode_exp_avg_groups(m)
     tile(shard.exp_avg).copy_(codes)
     shard.exp_avg_scale[groups].copy_(scale)
-    random = scale_random = None
+    draw = scale_draw = None
     if stochastic_exp_avg_sq:
-        random = bits.draw(columns.KEY_EXP_AVG_SQ, bits.element_offsets)
-        scale_random = bits.draw(columns.KEY_EXP_AVG_SQ_SCALE, bits.group_offsets).squeeze(1)
-    codes, scale = moments.encode_exp_avg_sq_groups(root, random=random, scale_random=scale_random)
+        keys = bits.group_keys(columns.KEY_EXP_AVG_SQ)
+        draw, scale_draw = rounding.element_draws(keys), rounding.scale_draws(keys)
+    root = torch.where(root == spec.STEP_EXP_AVG_SQ_ZERO**0.5, 0.0, root * spec.STEP_UNIT)
+    codes, scale = moments.encode_exp_avg_sq_groups(
+        root, code=code, draw=draw, scale_draw=scale_draw
+    )
     tile(shard.exp_avg_sq).copy_(codes)
     shard.exp_avg_sq_scale[groups].copy_(scale)
     if is_fp32:
         param.copy_(weight)
         return
-    random = bits.draw(columns.KEY_MASTER, bits.element_offsets) if stochastic_master else None
-    high, new_correction = split_master_with_bits(weight, bits=shard.master_bits, random=random)
+    draw = None
+    if stochastic_master:
+        draw = rounding.element_draws(bits.group_keys(columns.KEY_MASTER))
+    # The NaN of a GPU's arithmetic is positive.
+    weight = torch.where(weight.isnan(), torch.nan, weight)
+    high, new_correction = split_master_with_draws(weight, bits=shard.master_bits, draw=draw)
     param.copy_(high)
     if correction is not None and new_correction is not None:
         correction.copy_(new_correction)

@@ -21,6 +21,8 @@ class FlashOptimConfig:
     Attributes:
         optimizer: update rule; value of ``--optimizer``.
         master_bits: bits of the master weight, 16, 24 or 32 (``--flash-master-bits``).
+        exp_avg_sq_code: code of the second moment (``--flash-exp-avg-sq-code``): "sqrt" is the
+            paper's; "fourth_root" spends more codes on small elements, see docs/formats.md.
         rounding: rounding of the second moment (``--flash-rounding``); "auto" takes stochastic
             rounding where nearest would stall at the given beta2, see ``resolve_rounding``.
         master_rounding: rounding of the master weight (``--flash-master-rounding``); 16-bit
@@ -34,6 +36,7 @@ class FlashOptimConfig:
 
     optimizer: FlashOptimizerName = "flash_adamw"
     master_bits: spec.MasterBits = 24
+    exp_avg_sq_code: spec.ExpAvgSqCode = "sqrt"
     rounding: RoundingPolicy = "auto"
     master_rounding: spec.Rounding = "nearest"
     seed: int = 1234
@@ -41,6 +44,7 @@ class FlashOptimConfig:
     def __post_init__(self) -> None:
         _check_choice("--optimizer", self.optimizer, OPTIMIZER_NAMES)
         _check_choice("--flash-master-bits", self.master_bits, spec.MASTER_BITS)
+        _check_choice("--flash-exp-avg-sq-code", self.exp_avg_sq_code, spec.EXP_AVG_SQ_CODES)
         _check_choice("--flash-rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("--flash-master-rounding", self.master_rounding, spec.ROUNDINGS)
         if self.master_bits == 16 and self.master_rounding != "stochastic":
@@ -52,13 +56,17 @@ class FlashOptimConfig:
     def resolve_rounding(self, beta2: float) -> spec.Rounding:
         """Return the rounding of the second moment for a given beta2.
 
-        With nearest rounding a code q decays only if ``q * (1 - beta2) / 2 > 0.5``. "auto"
-        keeps nearest, which has the smaller error, while the top code 255 can still decay,
-        that is for ``beta2 < 1 - 1/255``; beyond, v would only ever grow.
+        A step without gradient takes the root of v down by a share (1 - beta2) / 2, and a code q
+        by q times that, or half of it for the "fourth_root" code. With nearest rounding q decays
+        only if that is more than half a code. "auto" keeps nearest, which has the smaller error,
+        while the top code 255 can still decay, that is for ``beta2 < 1 - 1/255`` ("fourth_root":
+        ``1 - 2/255``); beyond, v would only ever grow.
         """
         if self.rounding != "auto":
             return self.rounding
         decay_of_top_code = spec.EXP_AVG_SQ_MAX_CODE * (1.0 - beta2) / 2.0
+        if self.exp_avg_sq_code == "fourth_root":
+            decay_of_top_code /= 2.0
         return "nearest" if decay_of_top_code > 0.5 else "stochastic"
 
 

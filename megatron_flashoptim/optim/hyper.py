@@ -25,29 +25,21 @@ class AdamHyper:
     bias_correction: bool = True
 
     def row(self, seed: int) -> bytes:
-        """Pack the row: fp32 columns, then the three random keys of this step."""
+        """Pack the row: fp32 columns, then the two random keys of this step."""
         correction1 = 1.0 - self.beta1**self.step if self.bias_correction else 1.0
         correction2 = 1.0 - self.beta2**self.step if self.bias_correction else 1.0
-        keys = (
-            rounding.launch_key(seed, self.step, stream)
-            for stream in (
-                spec.STREAM_EXP_AVG_SQ,
-                spec.STREAM_EXP_AVG_SQ_SCALE,
-                spec.STREAM_MASTER,
-            )
-        )
         return struct.pack(
-            "9f3I",
-            self.lr,
-            self.weight_decay,
+            "8f2I",
+            self.lr / correction1,
+            self.lr * self.weight_decay,
             self.beta1,
             1.0 - self.beta1,
-            self.beta2,
-            1.0 - self.beta2,
+            self.beta2**0.5,
+            (1.0 - self.beta2) ** 0.5,
             self.eps,
-            1.0 / correction1,
             correction2**-0.5,
-            *keys,
+            rounding.launch_key(seed, self.step, spec.STREAM_EXP_AVG_SQ),
+            rounding.launch_key(seed, self.step, spec.STREAM_MASTER),
         )
 
 
@@ -63,12 +55,14 @@ class HyperTable:
         values: fp32 view of the same storage.
         grad_scale: fp32 ``(rows,)``, the factor on the gradients of each row (clip coefficient
             times inverse loss scale).
+        skip: fp32, one element; a step changes nothing where it is not 0 (an overflow was found).
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
         self.keys = torch.zeros(rows, columns.COLUMNS, dtype=torch.int32, device=device)
         self.values = self.keys.view(torch.float32)
         self.grad_scale = torch.ones(rows, dtype=torch.float32, device=device)
+        self.skip = torch.zeros(1, dtype=torch.float32, device=device)
 
     def __len__(self) -> int:
         return self.keys.shape[0]
@@ -88,4 +82,4 @@ class HyperTable:
 
     def nbytes(self) -> int:
         """Return the bytes held on the device."""
-        return self.keys.nbytes + self.grad_scale.nbytes
+        return self.keys.nbytes + self.grad_scale.nbytes + self.skip.nbytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_flashoptim.codec.master import correction_dtype
-from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
 from megatron_flashoptim.optim.segments import SegmentTable
 
 # Names of the state tensors; also the last part of their checkpoint keys.
@@ -33,6 +33,7 @@ class BucketShard:
         grad: flat bf16 or fp32 view of the grad buffer, n elements.
         segments: which parameter each quantization group belongs to.
         master_bits: 16, 24 or 32 for a bf16 ``param``.
+        exp_avg_sq_code: code of the second moment, see ``codec.spec``.
         correction: int8 (24 bits) or int16 (32 bits), n elements; None for 16-bit masters and
             for fp32 parameters.
         exp_avg: int8 codes of the first moment, n elements.
@@ -48,6 +49,7 @@ class BucketShard:
     grad: torch.Tensor
     segments: SegmentTable
     master_bits: int = 24
+    exp_avg_sq_code: ExpAvgSqCode = "sqrt"
     correction: torch.Tensor | None = field(init=False)
     exp_avg: torch.Tensor = field(init=False)
     exp_avg_scale: torch.Tensor = field(init=False)

@@ -23,11 +23,13 @@ from megatron_flashoptim.codec import (
     spec,
     split_master,
 )
-from megatron_flashoptim.codec.master import split_master_with_bits
+from megatron_flashoptim.codec.master import split_master_with_draws
 from megatron_flashoptim.kernels import codec
 
 GROUP = 32
 TILE = 16
+SQRT_STEP = tl.constexpr(moments.exp_avg_sq_step("sqrt"))
+FOURTH_ROOT_STEP = tl.constexpr(moments.exp_avg_sq_step("fourth_root"))
 # NaN and infinity are part of what is compared.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -37,10 +39,11 @@ LAUNCH = {"enable_fp_fusion": False}
 @triton.jit
 def _encode_kernel(
     value_ptr,
-    random_ptr,
+    draw_ptr,
     codes_ptr,
     scale_ptr,
     SQUARE: tl.constexpr,
+    FOURTH_ROOT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -49,10 +52,16 @@ def _encode_kernel(
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     value = tl.load(value_ptr + offsets)
     if SQUARE:
-        random = tl.load(random_ptr + offsets).to(tl.uint32, bitcast=True)
-        scale_random = tl.load(random_ptr + group * GROUP).to(tl.uint32, bitcast=True)[:, None]
+        draw = tl.load(draw_ptr + offsets)
+        scale_draw = tl.load(draw_ptr + group * GROUP)[:, None]
         codes, scale = codec.encode_exp_avg_sq(
-            tl.sqrt_rn(value), random, scale_random, STOCHASTIC=STOCHASTIC
+            tl.sqrt_rn(value),
+            0.0,
+            1.0,
+            draw,
+            scale_draw,
+            FOURTH_ROOT=FOURTH_ROOT,
+            STOCHASTIC=STOCHASTIC,
         )
     else:
         codes, scale = codec.encode_exp_avg(value)
@@ -66,6 +75,7 @@ def _decode_kernel(
     scale_ptr,
     value_ptr,
     SQUARE: tl.constexpr,
+    FOURTH_ROOT: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -73,17 +83,19 @@ def _decode_kernel(
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     codes = tl.load(codes_ptr + offsets)
     scale = codec.bf16_to_fp32(tl.load(scale_ptr + group))[:, None]
-    if SQUARE:  # noqa: SIM108  (Triton compiles constexpr branches as statements)
-        value = codec.decode_exp_avg_sq(codes, scale)
+    if SQUARE:
+        step: tl.constexpr = FOURTH_ROOT_STEP if FOURTH_ROOT else SQRT_STEP
+        root = codec.decode_root(codes, scale * step, FOURTH_ROOT=FOURTH_ROOT)
+        value = root * root
     else:
-        value = codec.decode_exp_avg(codes, scale)
+        value = scale * codec.decode_exp_avg(codes)
     tl.store(value_ptr + offsets, value)
 
 
 @triton.jit
 def _master_kernel(
     weight_ptr,
-    random_ptr,
+    draw_ptr,
     high_ptr,
     correction_ptr,
     joined_ptr,
@@ -92,29 +104,26 @@ def _master_kernel(
     SIZE: tl.constexpr,
 ):
     offsets = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    random = tl.load(random_ptr + offsets).to(tl.uint32, bitcast=True)
+    draw = tl.load(draw_ptr + offsets)
     high, correction = codec.split_master(
-        tl.load(weight_ptr + offsets), random, MASTER_BITS=BITS, STOCHASTIC=STOCHASTIC
+        tl.load(weight_ptr + offsets), draw, MASTER_BITS=BITS, STOCHASTIC=STOCHASTIC
     )
     tl.store(high_ptr + offsets, high)
-    tl.store(correction_ptr + offsets, correction)
+    tl.store(correction_ptr + offsets, correction.to(tl.int32))
     tl.store(joined_ptr + offsets, codec.join_master(high, correction, MASTER_BITS=BITS))
 
 
 @triton.jit
-def _random_kernel(key_ptr, offset_ptr, bits_ptr, uniform_ptr, SIZE: tl.constexpr):
-    offsets = tl.arange(0, SIZE)
-    key = tl.load(key_ptr + offsets).to(tl.uint32, bitcast=True)
-    offset = tl.load(offset_ptr + offsets).to(tl.uint32, bitcast=True)
-    bits = codec.random_bits(key, offset)
-    tl.store(bits_ptr + offsets, bits.to(tl.int32, bitcast=True))
-    tl.store(uniform_ptr + offsets, codec.uniform_from_bits(bits))
-
-
-@triton.jit
-def _reciprocal_kernel(value_ptr, result_ptr, SIZE: tl.constexpr):
-    offsets = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    tl.store(result_ptr + offsets, codec.reciprocal(tl.load(value_ptr + offsets)))
+def _random_kernel(
+    key_ptr, group_ptr, draw_ptr, scale_draw_ptr, GROUPS: tl.constexpr, GROUP: tl.constexpr
+):
+    row = tl.arange(0, GROUPS)
+    key = tl.load(key_ptr + row).to(tl.uint32, bitcast=True)
+    group = tl.load(group_ptr + row).to(tl.uint32, bitcast=True)
+    group_key = codec.group_key(key, group)
+    offsets = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tl.store(draw_ptr + offsets, codec.element_draws(group_key, GROUP))
+    tl.store(scale_draw_ptr + row[:, None], codec.scale_draws(group_key))
 
 
 def _moment_groups() -> torch.Tensor:
@@ -157,22 +166,33 @@ def _random(count: int) -> torch.Tensor:
     return torch.randint(0, 1 << 32, (count,), generator=generator)
 
 
+def _draws(count: int) -> torch.Tensor:
+    return _random(count) >> 16
+
+
 def _as_int32(unsigned: torch.Tensor, device: str) -> torch.Tensor:
     return unsigned.to(torch.int32).to(device)
 
 
 def _encode_on(
-    device: str, groups: torch.Tensor, random: torch.Tensor, *, square: bool, stochastic: bool
+    device: str,
+    groups: torch.Tensor,
+    draw: torch.Tensor,
+    *,
+    square: bool,
+    stochastic: bool,
+    code: str = "sqrt",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.uint8 if square else torch.int8
     codes = torch.full(groups.shape, 99, dtype=dtype, device=device)
     scale = torch.full((len(groups),), 99.0, dtype=torch.bfloat16, device=device)
     _encode_kernel[(len(groups) // TILE,)](
         groups.to(device),
-        _as_int32(random, device),
+        _as_int32(draw, device),
         codes,
         scale,
         SQUARE=square,
+        FOURTH_ROOT=code == "fourth_root",
         STOCHASTIC=stochastic,
         GROUPS=TILE,
         GROUP=GROUP,
@@ -182,7 +202,7 @@ def _encode_on(
 
 
 def _decode_on(
-    device: str, codes: torch.Tensor, scale: torch.Tensor, *, square: bool
+    device: str, codes: torch.Tensor, scale: torch.Tensor, *, square: bool, code: str = "sqrt"
 ) -> torch.Tensor:
     value = torch.full((codes.numel(),), 99.0, device=device)
     _decode_kernel[(len(scale) // TILE,)](
@@ -190,6 +210,7 @@ def _decode_on(
         scale.to(device),
         value,
         SQUARE=square,
+        FOURTH_ROOT=code == "fourth_root",
         GROUPS=TILE,
         GROUP=GROUP,
         **LAUNCH,
@@ -207,53 +228,63 @@ def test_first_moment_codes_equal_the_reference(device: str) -> None:
     assert_same_bits(codes.flatten(), expected_codes, "codes")
 
 
+@pytest.mark.parametrize("code", spec.EXP_AVG_SQ_CODES)
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_second_moment_codes_equal_the_reference(device: str, stochastic: bool) -> None:
+def test_second_moment_codes_equal_the_reference(
+    device: str, stochastic: bool, code: spec.ExpAvgSqCode
+) -> None:
     groups = _moment_groups()
     groups = torch.where(groups.isfinite(), groups.abs(), groups)
     # Roots up to one scale ulp above the scale, where the largest draw would carry to code 256.
     near_top = torch.linspace(1.0, 1.0 + 0.9 * 2.0**-7, GROUP).square().expand(TILE, -1)
     groups = torch.cat([groups, _at_rounding_boundaries(square=True), near_top])
-    random = _random(groups.numel()).view(groups.shape)
-    random[-TILE:] = 0xFFFFFFFF
-    random[-TILE:, 0] = 0  # rounds the scale down
-    codes, scale = _encode_on(device, groups, random, square=True, stochastic=stochastic)
+    draw = _draws(groups.numel()).view(groups.shape)
+    draw[-TILE:] = 0xFFFF
+    draw[-TILE:, 0] = 0  # rounds the scale down
+    codes, scale = _encode_on(
+        device, groups, draw, square=True, stochastic=stochastic, code=code
+    )
     expected_codes, expected_scale = moments.encode_exp_avg_sq_groups(
         rounding.sqrt_fp32(groups),
-        random=random if stochastic else None,
-        scale_random=random[:, 0] if stochastic else None,
+        code=code,
+        draw=draw if stochastic else None,
+        scale_draw=draw[:, 0] if stochastic else None,
     )
     assert_same_bits(scale, expected_scale, "scales")
     assert_same_bits(codes, expected_codes, "codes")
 
 
-@pytest.mark.parametrize("square", [False, True])
-def test_decoded_moments_equal_the_reference_for_every_code(device: str, square: bool) -> None:
+@pytest.mark.parametrize("kind", ["exp_avg", *spec.EXP_AVG_SQ_CODES])
+def test_decoded_moments_equal_the_reference_for_every_code(device: str, kind: str) -> None:
     """All 256 codes (-128 too: memory may hold anything) with scales of every exponent."""
+    square = kind != "exp_avg"
     dtype = torch.uint8 if square else torch.int8
     scale = (finite_samples(1).abs()[::37].unique()).to(torch.bfloat16)
     scale = torch.cat([scale, torch.tensor([torch.nan, torch.inf]).to(torch.bfloat16)])
     scale = scale[: len(scale) // 2 * 2].repeat_interleave(8)
     codes = torch.arange(256).to(torch.uint8).view(dtype).repeat(len(scale) // 8)
-    decoded = _decode_on(device, codes, scale, square=square)
-    decode = decode_exp_avg_sq if square else decode_exp_avg
-    assert_same_bits(quiet(decoded), quiet(decode(codes, scale)))
+    decoded = _decode_on(device, codes, scale, square=square, code=kind)
+    if square:
+        expected = decode_exp_avg_sq(codes, scale, code=kind)
+    else:
+        expected = decode_exp_avg(codes, scale)
+    assert_same_bits(quiet(decoded), quiet(expected))
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("bits", spec.MASTER_BITS)
 def test_split_and_join_equal_the_reference(device: str, bits: int, stochastic: bool) -> None:
-    nans = fp32([0x7F800001, 0xFF80FFFF, 0x7FC00000, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
-    weight = torch.cat([finite_samples(16), nans])
+    special = fp32([0x7FC00000, 0x7F800000, 0xFF800000])
+    weight = torch.cat([finite_samples(16), special])
     size = 1 << 12
     weight = torch.nn.functional.pad(weight, (0, -weight.numel() % size))
-    random = _random(weight.numel())
+    draw = _draws(weight.numel())
     high = torch.full(weight.shape, 99.0, dtype=torch.bfloat16, device=device)
     correction = torch.full(weight.shape, 99, dtype=torch.int32, device=device)
     joined = torch.full(weight.shape, 99.0, device=device)
     _master_kernel[(weight.numel() // size,)](
         weight.to(device),
-        _as_int32(random, device),
+        _as_int32(draw, device),
         high,
         correction,
         joined,
@@ -262,8 +293,8 @@ def test_split_and_join_equal_the_reference(device: str, bits: int, stochastic: 
         SIZE=size,
         **LAUNCH,
     )
-    expected_high, expected = split_master_with_bits(
-        weight, bits=bits, random=random if stochastic else None
+    expected_high, expected = split_master_with_draws(
+        weight, bits=bits, draw=draw if stochastic else None
     )
     assert_same_bits(high.cpu(), expected_high, "high")
     if expected is None:
@@ -275,28 +306,19 @@ def test_split_and_join_equal_the_reference(device: str, bits: int, stochastic: 
         assert_same_bits(expected_high, split_master(weight, bits=bits)[0])
 
 
-def test_random_bits_equal_the_reference(device: str) -> None:
-    key, offset = _random(1024), _random(2048)[1024:]
-    offset[:4] = torch.tensor([0, 1, (1 << 32) - 1, 1 << 31])
-    bits = torch.zeros(1024, dtype=torch.int32, device=device)
-    uniform = torch.zeros(1024, device=device)
+def test_random_draws_equal_the_reference(device: str) -> None:
+    key, group = _random(64), _random(128)[64:]
+    group[:4] = torch.tensor([0, 1, (1 << 32) - 1, 1 << 31])
+    draw = torch.full((64, GROUP), -1, dtype=torch.int32, device=device)
+    scale_draw = torch.full((64,), -1, dtype=torch.int32, device=device)
     _random_kernel[(1,)](
-        _as_int32(key, device), _as_int32(offset, device), bits, uniform, SIZE=1024
+        _as_int32(key, device),
+        _as_int32(group, device),
+        draw,
+        scale_draw,
+        GROUPS=64,
+        GROUP=GROUP,
     )
-    expected = rounding.random_bits(key, offset)
-    assert torch.equal(patterns(bits.cpu()), expected)
-    assert_same_bits(uniform.cpu(), rounding.uniform_from_bits(expected))
-
-
-def test_reciprocals_are_correctly_rounded(device: str) -> None:
-    """Of the integers the decoder divides by, and of (1 + x) / 2: on a GPU of every such value."""
-    count = 1 << (23 if device == "cuda" else 14)
-    half_sums = torch.linspace(0, 1 << 23, count + 1).long()[:count] + 0x3F000000
-    values = torch.cat([fp32(half_sums), torch.ones(128), torch.arange(127.0, 255.0)])
-    result = torch.zeros_like(values, device=device)
-    size = 128
-    _reciprocal_kernel[(len(values) // size,)](values.to(device), result, SIZE=size, **LAUNCH)
-    wrong = result.cpu() != torch.ones_like(values) / values
-    # The one mantissa that Newton's step cannot round right: x there is 1 - 2^-23, and its code
-    # is 127 by far.
-    assert values[wrong].tolist() in ([], [1 - 2.0**-24])
+    group_key = rounding.group_key(key, group)
+    assert torch.equal(draw.cpu().long(), rounding.element_draws(group_key))
+    assert torch.equal(scale_draw.cpu().long(), rounding.scale_draws(group_key))
