@@ -10,6 +10,7 @@ from megatron_flashoptim.codec import spec
 from megatron_flashoptim.codec.moments import exp_avg_sq_step
 from megatron_flashoptim.kernels import codec, columns
 from megatron_flashoptim.kernels.arithmetic import fma, reciprocal, square_root
+from megatron_flashoptim.kernels.bytes import store_group_scale
 
 STEP_SIZE = tl.constexpr(columns.STEP_SIZE)
 DECAY = tl.constexpr(columns.DECAY)
@@ -126,14 +127,14 @@ def _adamw_step_kernel(
                 weight = codec.bf16_to_fp32(param)
             else:
                 weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
-            m_scale = codec.bf16_to_fp32(exp_avg_scale)[:, None] * tl.load(hyper + BETA1)
-            root_scale = codec.bf16_to_fp32(exp_avg_sq_scale)[:, None] * INVERSE_UNIT
+            m_scale = codec.bf16_to_fp32(exp_avg_scale) * tl.load(hyper + BETA1)
+            root_scale = codec.bf16_to_fp32(exp_avg_sq_scale) * INVERSE_UNIT
             root_step = root_scale * (FOURTH_ROOT_STEP if FOURTH_ROOT else EXP_AVG_SQ_STEP)
             root_step = root_step * tl.load(hyper + SQRT_BETA2)
 
             # AdamW; v in units of UNIT squared.
             m = g * (grad_scale * tl.load(hyper + ONE_MINUS_BETA1))
-            m = fma(m_scale, codec.decode_exp_avg(exp_avg_code), m)
+            m = fma(m_scale[:, None], codec.decode_exp_avg(exp_avg_code), m)
             g = g * (grad_scale * (tl.load(hyper + SQRT_ONE_MINUS_BETA2) * INVERSE_UNIT))
             root = codec.decode_root(exp_avg_sq_code, root_step, FOURTH_ROOT=FOURTH_ROOT)
             root = square_root(fma(root, root, fma(g, g, ZERO)))
@@ -153,8 +154,7 @@ def _adamw_step_kernel(
                 scale_draw = codec.scale_draws(group_keys)
             code, scale = codec.encode_exp_avg(m)
             tl.store(exp_avg_ptrs, code, mask=mask)
-            scale_ptrs = exp_avg_scale_ptr + group[:, None]
-            tl.store(scale_ptrs, codec.bf16_from_bits(scale), mask=mask)
+            store_group_scale(exp_avg_scale_ptr, group, scale, owned)
             code, scale = codec.encode_exp_avg_sq(
                 root,
                 ROOT_OF_ZERO,
@@ -165,8 +165,7 @@ def _adamw_step_kernel(
                 STOCHASTIC=STOCHASTIC_EXP_AVG_SQ,
             )
             tl.store(exp_avg_sq_ptrs, code, mask=mask)
-            scale_ptrs = exp_avg_sq_scale_ptr + group[:, None]
-            tl.store(scale_ptrs, codec.bf16_from_bits(scale), mask=mask)
+            store_group_scale(exp_avg_sq_scale_ptr, group, scale, owned)
             if MASTER_BITS == 0:
                 tl.store(param_ptrs, weight, mask=mask)
             else:

@@ -101,5 +101,5 @@ def _maximum(x, y):
 
 @triton.jit
 def group_maximum(value):
-    """Return the largest of each row, NaN if there is one, ``[GROUPS, 1]``."""
-    return tl.reduce(value, 1, _maximum, keep_dims=True)
+    """Return the largest of each row of ``[GROUPS, 32]``, NaN if there is one, ``[GROUPS]``."""
+    return tl.reduce(value, 1, _maximum)

@@ -180,3 +180,33 @@ def upper_half(bits):
             "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [bits], tl.int16, is_pure=True, pack=2
         )
     return half.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def store_group_scale(scale_ptr, group, bits, mask):
+    """Store a bf16 scale pattern per group, ``[GROUPS]`` int32, from where it is computed.
+
+    ``tl.store`` spreads a tile over all threads first, through shared memory and two barriers of
+    the whole program; here each of the threads that share a group stores the same two bytes.
+    """
+    if INTERPRETED:
+        scale = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        tl.store(scale_ptr + group, scale, mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred inside;
+            .reg .b16 scale;
+            setp.ne.b32 inside, $3, 0;
+            cvt.u16.u32 scale, $2;
+            @inside st.global.b16 [$1], scale;
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r",
+            [(scale_ptr + group).to(tl.int64), bits, mask.to(tl.int32)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -4,7 +4,7 @@ Bit for bit the same as the plain PyTorch reference: integer rounding of bf16, c
 reciprocals and square roots, and no fused multiply-add but where it changes no bit (kernels that
 use these functions are launched with ``enable_fp_fusion=False``).
 
-Tiles are ``[GROUPS, 32]``; per-group values are ``[GROUPS, 1]``. Nothing here branches, and what
+Tiles are ``[GROUPS, 32]``, per-group values ``[GROUPS]``. Nothing here branches, and what
 is per element is kept off the slow pipes; ``docs/kernel.md`` tells why that matters.
 """
 
@@ -89,9 +89,9 @@ def element_draws(group_key, GROUP: tl.constexpr):
 
 @triton.jit
 def scale_draws(group_key):
-    """Twin of ``codec.rounding.scale_draws``: uint32 keys [GROUPS] to int32 [GROUPS, 1]."""
+    """Twin of ``codec.rounding.scale_draws``: uint32 keys [GROUPS] to int32 [GROUPS]."""
     pair = tl.full([], SCALE_PAIR, tl.uint32)
-    return (pair_bits(group_key, pair) >> DRAW_BITS).to(tl.int32, bitcast=True)[:, None]
+    return (pair_bits(group_key, pair) >> DRAW_BITS).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def encode_exp_avg(m):
     scale = (scale_bits << 16).to(tl.float32, bitcast=True)
     half_scale = tl.where(usable, scale * 0.5, EXP_AVG_LIMIT * 0.5)
     # Halving is exact, so that the fused operation differs in no bit.
-    companded = m * reciprocal(tl.fma(magnitude, 0.5, half_scale))
+    companded = m * reciprocal(tl.fma(magnitude, 0.5, half_scale[:, None]))
     return round_to_signed_byte(companded, EXP_AVG_MAX_CODE), scale_bits
 
 
@@ -174,12 +174,12 @@ def round_to_signed_byte(x, factor: tl.constexpr):
 
 @triton.jit
 def decode_root(code, step, FOURTH_ROOT: tl.constexpr):
-    """Return the root of v: uint8 codes to fp32; ``step`` fp32 ``[GROUPS, 1]``."""
+    """Return the root of v: uint8 codes to fp32; ``step`` fp32 ``[GROUPS]``."""
     if FOURTH_ROOT:
         level = unsigned_byte_to_fp32(code)
-        return step * (level * level)
+        return step[:, None] * (level * level)
     else:
-        return multiply_unsigned_byte(step, code)
+        return multiply_unsigned_byte(step[:, None], code)
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def encode_exp_avg_sq(
         zero: the root that stands for v = 0.
         unit: of ``root``.
         draw: int32 draws of the elements.
-        scale_draw: int32 draws ``[GROUPS, 1]`` of the scales.
+        scale_draw: int32 draws of the scales.
         FOURTH_ROOT: code the fourth root of v instead of the root.
         STOCHASTIC: use the draws.
     """
@@ -216,15 +216,16 @@ def encode_exp_avg_sq(
     inverse = reciprocal((scale_bits << 16).to(tl.float32, bitcast=True))
     top = LEVEL_TOP + TO_INTEGER
     if FOURTH_ROOT:
-        x = multiply_saturated(root, tl.where(usable, inverse * unit, 0.0))
+        x = multiply_saturated(root, tl.where(usable, inverse * unit, 0.0)[:, None])
         all_of_it = tl.full([], LEVEL_TOP, tl.float32)
         level = fma(square_root(tl.maximum(x, 2.0**-100)), all_of_it, TO_INTEGER)
     else:
         inverse = tl.where(usable, (inverse * LEVEL_TOP) * unit, 0.0)
-        level = fma(root, inverse, TO_INTEGER)
-    level = tl.where(root == largest, top, tl.minimum(level, top))
+        level = fma(root, inverse[:, None], TO_INTEGER)
+    level = tl.where(root == largest[:, None], top, tl.minimum(level, top))
     # A positive root takes code 1 at least.
     level = tl.maximum(level, LEVEL_ONE + TO_INTEGER)
-    level = tl.where(root > tl.where(usable, zero, float("inf")), level, TO_INTEGER)
+    positive = root > tl.where(usable, zero, float("inf"))[:, None]
+    level = tl.where(positive, level, TO_INTEGER)
     fixed = level.to(tl.int32, bitcast=True) * 2
     return third_byte(fixed + (draw if STOCHASTIC else DRAW_OF_NEAREST)), scale_bits

@@ -53,7 +53,7 @@ def _encode_kernel(
     value = tl.load(value_ptr + offsets)
     if SQUARE:
         draw = tl.load(draw_ptr + offsets)
-        scale_draw = tl.load(draw_ptr + group * GROUP)[:, None]
+        scale_draw = tl.load(draw_ptr + group * GROUP)
         codes, scale = codec.encode_exp_avg_sq(
             tl.sqrt_rn(value),
             0.0,
@@ -66,7 +66,7 @@ def _encode_kernel(
     else:
         codes, scale = codec.encode_exp_avg(value)
     tl.store(codes_ptr + offsets, codes)
-    tl.store(scale_ptr + group[:, None] + offsets * 0, codec.bf16_from_bits(scale))
+    tl.store(scale_ptr + group, codec.bf16_from_bits(scale))
 
 
 @triton.jit
@@ -82,13 +82,13 @@ def _decode_kernel(
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     codes = tl.load(codes_ptr + offsets)
-    scale = codec.bf16_to_fp32(tl.load(scale_ptr + group))[:, None]
+    scale = codec.bf16_to_fp32(tl.load(scale_ptr + group))
     if SQUARE:
         step: tl.constexpr = FOURTH_ROOT_STEP if FOURTH_ROOT else SQRT_STEP
         root = codec.decode_root(codes, scale * step, FOURTH_ROOT=FOURTH_ROOT)
         value = root * root
     else:
-        value = scale * codec.decode_exp_avg(codes)
+        value = scale[:, None] * codec.decode_exp_avg(codes)
     tl.store(value_ptr + offsets, value)
 
 
@@ -123,7 +123,7 @@ def _random_kernel(
     group_key = codec.group_key(key, group)
     offsets = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     tl.store(draw_ptr + offsets, codec.element_draws(group_key, GROUP))
-    tl.store(scale_draw_ptr + row[:, None], codec.scale_draws(group_key))
+    tl.store(scale_draw_ptr + row, codec.scale_draws(group_key))
 
 
 def _moment_groups() -> torch.Tensor:
