@@ -9,7 +9,7 @@ import torch
 from bitwise import assert_same_bits, patterns, quiet
 
 from megatron_flashoptim.codec import join_master
-from megatron_flashoptim.optim.segments import GROUPS_PER_TILE, Segment, SegmentTable
+from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY, Segment, SegmentTable
 from megatron_flashoptim.optim.shard import BucketShard
 
 GROUP = 32
@@ -34,7 +34,7 @@ def segments_of(
     begin: int,
     end: int,
     device: str = "cpu",
-    groups_per_tile: int = GROUPS_PER_TILE,
+    groups_per_entry: int = GROUPS_PER_ENTRY,
 ) -> SegmentTable:
     """Return the segments of the shard that holds the bucket's groups ``begin`` to ``end``."""
     segments = []
@@ -42,7 +42,7 @@ def segments_of(
         first, last = max(p.start, begin), min(p.start + p.groups, end)
         if first < last:
             segments.append(Segment(first - begin, p.row, p.tensor_id, first - p.start))
-    return SegmentTable(segments, end - begin, device, groups_per_tile=groups_per_tile)
+    return SegmentTable(segments, end - begin, device, groups_per_entry=groups_per_entry)
 
 
 class GuardedShard(BucketShard):

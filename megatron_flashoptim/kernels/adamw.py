@@ -30,10 +30,11 @@ ROOT_OF_ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO**0.5)
 EXP_AVG_SQ_STEP = tl.constexpr(exp_avg_sq_step("sqrt"))
 FOURTH_ROOT_STEP = tl.constexpr(exp_avg_sq_step("fourth_root"))
 
-# Groups of 32 and warps per program: within 2 % of the fastest of {16, 32, 64} x {2, 4} on an H100
-# (docs/benchmarks), and the fastest with stochastic rounding.
-GROUPS_PER_PROGRAM = 32
-NUM_WARPS = 4
+# Groups of 32 per tile, warps per program and most tiles a program steps, see docs/kernel.md.
+GROUPS_PER_TILE = 8
+NUM_WARPS = 1
+TILES_PER_PROGRAM = 8
+NUM_STAGES = 2
 
 
 @triton.jit
@@ -53,50 +54,32 @@ def _adamw_step_kernel(
     segment_row_ptr,
     segment_tensor_id_ptr,
     segment_group_shift_ptr,
-    tile_segment_ptr,
+    entry_segment_ptr,
     num_groups,
     MASTER_BITS: tl.constexpr,
     FOURTH_ROOT: tl.constexpr,
     STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
     STOCHASTIC_MASTER: tl.constexpr,
     HYPER_COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program steps GROUPS groups of GROUP elements; MASTER_BITS 0 is an fp32 param.
+    """One program steps TILES tiles of GROUPS groups of GROUP elements, one after the other.
 
     Groups of one parameter are stepped together, with its hyper-parameters as scalars. Nearly
     every program has one parameter only; a program that meets several takes a turn for each.
-    A tile of the segment table has TILE groups, a multiple of GROUPS.
+    MASTER_BITS 0 is an fp32 param. An entry of the segment table has ENTRY groups, a multiple of
+    a program's.
     """
     program = tl.program_id(0)
-    program_start = program * GROUPS
-    # Elements and groups of the program, as offsets from its start; 64 bits for the start alone.
-    element_start = program_start.to(tl.int64) * GROUP
-    local_group = tl.arange(0, GROUPS)
-    group = program_start + local_group
-    offsets = local_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    param_ptrs = param_ptr + element_start + offsets
-    correction_ptrs = correction_ptr + element_start + offsets if MASTER_BITS > 16 else param_ptrs
-    exp_avg_ptrs = exp_avg_ptr + element_start + offsets
-    exp_avg_sq_ptrs = exp_avg_sq_ptr + element_start + offsets
-
-    # Read everything before the tables are walked: their latency passes under these loads.
-    inside = group < num_groups
-    mask = inside[:, None]
-    grad = tl.load(grad_ptr + element_start + offsets, mask=mask, other=0.0)
-    param = tl.load(param_ptrs, mask=mask, other=0.0)
-    correction = tl.load(correction_ptrs, mask=mask, other=0) if MASTER_BITS > 16 else param
-    exp_avg_code = tl.load(exp_avg_ptrs, mask=mask, other=0)
-    exp_avg_sq_code = tl.load(exp_avg_sq_ptrs, mask=mask, other=0)
-    exp_avg_scale = tl.load(exp_avg_scale_ptr + group, mask=inside, other=0.0)
-    exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=inside, other=0.0)
-
-    segment = tl.load(tile_segment_ptr + program // (TILE // GROUPS))
-    last_segment = tl.load(tile_segment_ptr + program // (TILE // GROUPS) + 1)
-    start = program_start
-    program_end = tl.minimum(program_start + GROUPS, num_groups)
+    entry = program // (ENTRY // (TILES * GROUPS))
+    segment = tl.load(entry_segment_ptr + entry)
+    last_segment = tl.load(entry_segment_ptr + entry + 1)
+    start = program * (TILES * GROUPS)
+    program_end = tl.minimum(start + TILES * GROUPS, num_groups)
     if tl.load(skip_ptr) != 0.0:
         start = program_end
     while start < program_end:
@@ -106,87 +89,159 @@ def _adamw_step_kernel(
             end = tl.minimum(tl.load(segment_start_ptr + segment + 1), program_end)
         if end > start:
             row = tl.load(segment_row_ptr + segment)
-            hyper = hyper_ptr + row * HYPER_COLUMNS
-            if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
-                tensor_id = tl.load(segment_tensor_id_ptr + segment)
-                group_in_tensor = group + tl.load(segment_group_shift_ptr + segment)
-                group_in_tensor = group_in_tensor.to(tl.uint32, bitcast=True)
-                keys = key_ptr + row * HYPER_COLUMNS
-            owned = (group >= start) & (group < end)
-            mask = owned[:, None]
-
-            # Decode.
-            if grad_ptr.dtype.element_ty == tl.bfloat16:
-                g = codec.bf16_to_fp32(grad)
-            else:
-                g = grad
-            grad_scale = tl.load(grad_scale_ptr + row)
-            if MASTER_BITS == 0:
-                weight = param
-            elif MASTER_BITS == 16:
-                weight = codec.bf16_to_fp32(param)
-            else:
-                weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
-            m_scale = codec.bf16_to_fp32(exp_avg_scale) * tl.load(hyper + BETA1)
-            root_scale = codec.bf16_to_fp32(exp_avg_sq_scale) * INVERSE_UNIT
-            root_step = root_scale * (FOURTH_ROOT_STEP if FOURTH_ROOT else EXP_AVG_SQ_STEP)
-            root_step = root_step * tl.load(hyper + SQRT_BETA2)
-
-            # AdamW; v in units of UNIT squared.
-            m = g * (grad_scale * tl.load(hyper + ONE_MINUS_BETA1))
-            m = fma(m_scale[:, None], codec.decode_exp_avg(exp_avg_code), m)
-            g = g * (grad_scale * (tl.load(hyper + SQRT_ONE_MINUS_BETA2) * INVERSE_UNIT))
-            root = codec.decode_root(exp_avg_sq_code, root_step, FOURTH_ROOT=FOURTH_ROOT)
-            root = square_root(fma(root, root, fma(g, g, ZERO)))
-            per_root = tl.load(hyper + INVERSE_SQRT_BIAS_CORRECTION2) * UNIT
-            denominator = fma(root, per_root, tl.load(hyper + EPS))
-            decay = tl.load(hyper + DECAY) * weight
-            m_step = m * tl.load(hyper + STEP_SIZE)
-            weight = weight - fma(m_step, reciprocal(denominator), decay)
-
-            # Encode and store.
-            draw = 0
-            scale_draw = 0
-            if STOCHASTIC_EXP_AVG_SQ:
-                key = _tensor_key(keys + KEY_EXP_AVG_SQ, tensor_id)
-                group_keys = codec.group_key(key, group_in_tensor)
-                draw = codec.element_draws(group_keys, GROUP)
-                scale_draw = codec.scale_draws(group_keys)
-            code, scale = codec.encode_exp_avg(m)
-            tl.store(exp_avg_ptrs, code, mask=mask)
-            store_group_scale(exp_avg_scale_ptr, group, scale, owned)
-            code, scale = codec.encode_exp_avg_sq(
-                root,
-                ROOT_OF_ZERO,
-                UNIT,
-                draw,
-                scale_draw,
+            _step_segment(
+                param_ptr,
+                correction_ptr,
+                grad_ptr,
+                exp_avg_ptr,
+                exp_avg_scale_ptr,
+                exp_avg_sq_ptr,
+                exp_avg_sq_scale_ptr,
+                hyper_ptr + row * HYPER_COLUMNS,
+                key_ptr + row * HYPER_COLUMNS,
+                grad_scale_ptr + row,
+                segment_tensor_id_ptr + segment,
+                segment_group_shift_ptr + segment,
+                program * TILES,
+                start,
+                end,
+                MASTER_BITS=MASTER_BITS,
                 FOURTH_ROOT=FOURTH_ROOT,
-                STOCHASTIC=STOCHASTIC_EXP_AVG_SQ,
+                STOCHASTIC_EXP_AVG_SQ=STOCHASTIC_EXP_AVG_SQ,
+                STOCHASTIC_MASTER=STOCHASTIC_MASTER,
+                TILES=TILES,
+                STAGES=STAGES,
+                GROUPS=GROUPS,
+                GROUP=GROUP,
             )
-            tl.store(exp_avg_sq_ptrs, code, mask=mask)
-            store_group_scale(exp_avg_sq_scale_ptr, group, scale, owned)
-            if MASTER_BITS == 0:
-                tl.store(param_ptrs, weight, mask=mask)
-            else:
-                draw = 0
-                if STOCHASTIC_MASTER:
-                    key = _tensor_key(keys + KEY_MASTER, tensor_id)
-                    draw = codec.element_draws(codec.group_key(key, group_in_tensor), GROUP)
-                high, low = codec.split_master(
-                    weight, draw, MASTER_BITS=MASTER_BITS, STOCHASTIC=STOCHASTIC_MASTER
-                )
-                tl.store(param_ptrs, high, mask=mask)
-                if MASTER_BITS > 16:
-                    tl.store(correction_ptrs, low, mask=mask)
             start = end
         segment += 1
 
 
 @triton.jit
-def _tensor_key(key_ptr, tensor_id):
-    """Twin of ``codec.rounding.tensor_key``, of a stream's key in memory."""
-    return (tl.load(key_ptr) ^ tensor_id).to(tl.uint32, bitcast=True)
+def _step_segment(
+    param_ptr,
+    correction_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_ptr,
+    exp_avg_sq_scale_ptr,
+    hyper,
+    keys,
+    grad_scale_ptr,
+    tensor_id_ptr,
+    group_shift_ptr,
+    first_tile,
+    start,
+    end,
+    MASTER_BITS: tl.constexpr,
+    FOURTH_ROOT: tl.constexpr,
+    STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
+    STOCHASTIC_MASTER: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Step the groups from ``start`` to ``end``, all of one parameter, tile by tile."""
+    grad_scale = tl.load(grad_scale_ptr)
+    beta1 = tl.load(hyper + BETA1)
+    m_grad_scale = grad_scale * tl.load(hyper + ONE_MINUS_BETA1)
+    root_step = tl.load(hyper + SQRT_BETA2)
+    # Roots of v come in units of UNIT.
+    root_grad_scale = grad_scale * (tl.load(hyper + SQRT_ONE_MINUS_BETA2) * INVERSE_UNIT)
+    per_root = tl.load(hyper + INVERSE_SQRT_BIAS_CORRECTION2) * UNIT
+    eps = tl.load(hyper + EPS)
+    step_size = tl.load(hyper + STEP_SIZE)
+    decay = tl.load(hyper + DECAY)
+    if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
+        tensor_id = tl.load(tensor_id_ptr)
+        group_shift = tl.load(group_shift_ptr)
+        exp_avg_sq_key = (tl.load(keys + KEY_EXP_AVG_SQ) ^ tensor_id).to(tl.uint32, bitcast=True)
+        master_key = (tl.load(keys + KEY_MASTER) ^ tensor_id).to(tl.uint32, bitcast=True)
+
+    for index in tl.range(TILES, num_stages=STAGES):
+        element_start, offsets, group, owned = _tile(first_tile + index, start, end, GROUPS, GROUP)
+        mask = owned[:, None]
+        grad = tl.load(grad_ptr + element_start + offsets, mask=mask, other=0.0)
+        param = tl.load(param_ptr + element_start + offsets, mask=mask, other=0.0)
+        if MASTER_BITS > 16:
+            correction = tl.load(correction_ptr + element_start + offsets, mask=mask, other=0)
+        exp_avg = tl.load(exp_avg_ptr + element_start + offsets, mask=mask, other=0)
+        exp_avg_sq = tl.load(exp_avg_sq_ptr + element_start + offsets, mask=mask, other=0)
+        exp_avg_scale = tl.load(exp_avg_scale_ptr + group, mask=owned, other=0.0)
+        exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=owned, other=0.0)
+
+        # Decode.
+        if grad_ptr.dtype.element_ty == tl.bfloat16:
+            g = codec.bf16_to_fp32(grad)
+        else:
+            g = grad
+        if MASTER_BITS == 0:
+            weight = param
+        elif MASTER_BITS == 16:
+            weight = codec.bf16_to_fp32(param)
+        else:
+            weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
+        m_scale = codec.bf16_to_fp32(exp_avg_scale) * beta1
+        root_scale = codec.bf16_to_fp32(exp_avg_sq_scale) * INVERSE_UNIT
+        root_scale = root_scale * (FOURTH_ROOT_STEP if FOURTH_ROOT else EXP_AVG_SQ_STEP)
+        root = codec.decode_root(exp_avg_sq, root_scale * root_step, FOURTH_ROOT=FOURTH_ROOT)
+
+        # AdamW.
+        m = fma(m_scale[:, None], codec.decode_exp_avg(exp_avg), g * m_grad_scale)
+        g = g * root_grad_scale
+        root = square_root(fma(root, root, fma(g, g, ZERO)))
+        inverse = reciprocal(fma(root, per_root, eps))
+        weight = weight - fma(m * step_size, inverse, decay * weight)
+
+        # Encode and store.
+        draw = 0
+        scale_draw = 0
+        if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
+            group_in_tensor = (group + group_shift).to(tl.uint32, bitcast=True)
+        if STOCHASTIC_EXP_AVG_SQ:
+            group_keys = codec.group_key(exp_avg_sq_key, group_in_tensor)
+            draw = codec.element_draws(group_keys, GROUP)
+            scale_draw = codec.scale_draws(group_keys)
+        code, scale = codec.encode_exp_avg(m)
+        tl.store(exp_avg_ptr + element_start + offsets, code, mask=mask)
+        store_group_scale(exp_avg_scale_ptr, group, scale, owned)
+        code, scale = codec.encode_exp_avg_sq(
+            root,
+            ROOT_OF_ZERO,
+            UNIT,
+            draw,
+            scale_draw,
+            FOURTH_ROOT=FOURTH_ROOT,
+            STOCHASTIC=STOCHASTIC_EXP_AVG_SQ,
+        )
+        tl.store(exp_avg_sq_ptr + element_start + offsets, code, mask=mask)
+        store_group_scale(exp_avg_sq_scale_ptr, group, scale, owned)
+        if MASTER_BITS == 0:
+            tl.store(param_ptr + element_start + offsets, weight, mask=mask)
+        else:
+            draw = 0
+            if STOCHASTIC_MASTER:
+                draw = codec.element_draws(codec.group_key(master_key, group_in_tensor), GROUP)
+            high, low = codec.split_master(
+                weight, draw, MASTER_BITS=MASTER_BITS, STOCHASTIC=STOCHASTIC_MASTER
+            )
+            tl.store(param_ptr + element_start + offsets, high, mask=mask)
+            if MASTER_BITS > 16:
+                tl.store(correction_ptr + element_start + offsets, low, mask=mask)
+
+
+@triton.jit
+def _tile(tile, start, end, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """Return where a tile lies: its first element, and its elements, groups and owned groups."""
+    # Offsets within the tile fit 32 bits; its start may not.
+    element_start = tile.to(tl.int64) * (GROUPS * GROUP)
+    local_group = tl.arange(0, GROUPS)
+    offsets = local_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    group = tile * GROUPS + local_group
+    return element_start, offsets, group, (group >= start) & (group < end)
 
 
 def adamw_step_(
@@ -205,15 +260,17 @@ def adamw_step_(
     segment_row: torch.Tensor,
     segment_tensor_id: torch.Tensor,
     segment_group_shift: torch.Tensor,
-    tile_segment: torch.Tensor,
+    entry_segment: torch.Tensor,
     *,
-    groups_per_tile: int,
+    groups_per_entry: int,
     master_bits: int,
     fourth_root: bool,
     stochastic_exp_avg_sq: bool,
     stochastic_master: bool,
-    groups_per_program: int = GROUPS_PER_PROGRAM,
+    groups_per_tile: int = GROUPS_PER_TILE,
     num_warps: int = NUM_WARPS,
+    tiles_per_program: int = TILES_PER_PROGRAM,
+    num_stages: int = NUM_STAGES,
 ) -> None:
     """Launch the fused AdamW step on one shard.
 
@@ -233,22 +290,23 @@ def adamw_step_(
         segment_row: row of the hyper table.
         segment_tensor_id: key of the parameter.
         segment_group_shift: group number in the parameter minus group number in the shard.
-        tile_segment: int32, tiles + 1 elements.
-        groups_per_tile: the tile size ``tile_segment`` was made for.
+        entry_segment: int32, tiles + 1 elements.
+        groups_per_entry: groups per entry of ``entry_segment``.
         master_bits: 16, 24 or 32; ignored for an fp32 ``param``.
         fourth_root: code of the second moment, see ``codec.spec``.
         stochastic_exp_avg_sq: round the second moment stochastically.
         stochastic_master: round the master weight stochastically.
-        groups_per_program: groups a program works on, a power of two that divides
-            ``groups_per_tile``.
+        groups_per_tile: groups a program works on at once, a power of two.
         num_warps: warps per program.
+        tiles_per_program: tiles a program steps one after the other, a power of two.
 
     Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
     ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
     """
     num_groups = param.numel() // spec.GROUP_SIZE
-    groups_per_program = min(groups_per_program, groups_per_tile)
-    grid = (triton.cdiv(num_groups, groups_per_program),)
+    groups_per_tile = min(groups_per_tile, groups_per_entry)
+    tiles_per_program = min(tiles_per_program, groups_per_entry // groups_per_tile)
+    grid = (triton.cdiv(num_groups, groups_per_tile * tiles_per_program),)
     _adamw_step_kernel[grid](
         param,
         correction,
@@ -265,15 +323,17 @@ def adamw_step_(
         segment_row,
         segment_tensor_id,
         segment_group_shift,
-        tile_segment,
+        entry_segment,
         num_groups,
         MASTER_BITS=0 if param.dtype == torch.float32 else master_bits,
         FOURTH_ROOT=fourth_root,
         STOCHASTIC_EXP_AVG_SQ=stochastic_exp_avg_sq,
         STOCHASTIC_MASTER=stochastic_master,
         HYPER_COLUMNS=hyper.shape[1],
-        TILE=groups_per_tile,
-        GROUPS=groups_per_program,
+        ENTRY=groups_per_entry,
+        TILES=tiles_per_program,
+        STAGES=num_stages,
+        GROUPS=groups_per_tile,
         GROUP=spec.GROUP_SIZE,
         num_warps=num_warps,
         enable_fp_fusion=False,

@@ -1,7 +1,7 @@
 """SegmentTable: which parameter, and so which hyper-parameters, a quantization group has.
 
 A shard is a sequence of segments, one per parameter that has elements in it. A kernel program
-works within one tile of ``GROUPS_PER_TILE`` groups and walks the few segments that meet the tile,
+works within one tile of ``GROUPS_PER_ENTRY`` groups and walks the few segments that meet the tile,
 so that one launch serves parameters of different weight decay, learning rate and gradient scale.
 The table costs 4 bytes per tile (0.002 byte per parameter) and 16 bytes per segment.
 """
@@ -15,7 +15,7 @@ import torch
 
 # Groups of 32 per entry of the tile table: few enough to meet few segments, many enough that the
 # table adds 0.002 byte per parameter. A kernel program works on a part of a tile.
-GROUPS_PER_TILE = 64
+GROUPS_PER_ENTRY = 256
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class SegmentTable:
             are padding and are counted to it.
         num_groups: groups of the shard.
         device: where the tables live.
-        groups_per_tile: groups per entry of the tile table, a power of two.
+        groups_per_entry: groups per entry of the tile table, a power of two.
 
     Attributes:
         start, row, tensor_id, group_shift: int32 tensors, one element per segment;
             ``group_shift`` is what must be added to a group's number in the shard to get its
             number in the parameter.
-        tile_segment: int32 tensor of tiles + 1 elements: the segment that holds the first group of
+        entry_segment: int32 tensor of tiles + 1 elements: the segment that holds the first group of
             each tile, then the last segment.
 
     Raises:
@@ -62,14 +62,14 @@ class SegmentTable:
         num_groups: int,
         device: torch.device | str,
         *,
-        groups_per_tile: int = GROUPS_PER_TILE,
+        groups_per_entry: int = GROUPS_PER_ENTRY,
     ) -> None:
         starts = [segment.start for segment in segments]
         if starts != sorted(set(starts)) or any(not 0 <= s < num_groups for s in starts):
             raise ValueError(f"segment starts must ascend within {num_groups} groups: {starts}")
         self.segments = tuple(segments)
         self.num_groups = num_groups
-        self.groups_per_tile = groups_per_tile
+        self.groups_per_entry = groups_per_entry
 
         def table(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64).to(torch.int32).to(device)
@@ -79,11 +79,11 @@ class SegmentTable:
         self.row = table([s.row for s in segments])
         self.tensor_id = table([s.tensor_id for s in segments])
         self.group_shift = table([s.first_group - s.start for s in segments])
-        tiles = range(0, num_groups, groups_per_tile)
+        tiles = range(0, num_groups, groups_per_entry)
         boundaries = torch.tensor([0, *starts[1:]] if starts else [0], dtype=torch.int64)
         first = torch.searchsorted(boundaries, torch.tensor(list(tiles)), right=True) - 1
         last = torch.tensor([max(len(segments) - 1, 0)])
-        self.tile_segment = torch.cat([first, last]).to(torch.int32).to(device)
+        self.entry_segment = torch.cat([first, last]).to(torch.int32).to(device)
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -96,5 +96,5 @@ class SegmentTable:
 
     def nbytes(self) -> int:
         """Return the bytes of the device tables."""
-        tables = (self.start, self.row, self.tensor_id, self.group_shift, self.tile_segment)
+        tables = (self.start, self.row, self.tensor_id, self.group_shift, self.entry_segment)
         return sum(t.nbytes for t in tables)

@@ -49,14 +49,14 @@ def _shard(
     master_bits: int = 24,
     parameters: tuple[Parameter, ...] = PARAMETERS,
     groups: int = GROUPS,
-    groups_per_tile: int = TILE,
+    groups_per_entry: int = TILE,
 ) -> GuardedShard:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(groups * GROUP, generator=generator)
     return GuardedShard(
         weight.to(device, param_dtype),
         torch.zeros(groups * GROUP, dtype=grad_dtype, device=device),
-        segments_of(parameters, 0, groups, device, groups_per_tile),
+        segments_of(parameters, 0, groups, device, groups_per_entry),
         master_bits,
     )
 
@@ -218,19 +218,19 @@ def test_kernel_equals_reference_for_any_number_of_groups(device: str, groups: i
 
 
 @pytest.mark.parametrize(
-    ("groups_per_tile", "groups_per_program"),
+    ("groups_per_entry", "groups_per_tile"),
     [(8, 8), (16, 32), (32, 32), (64, 8), (64, 16), (64, 64), (128, 32), (128, 128)],
 )
 def test_kernel_equals_reference_for_any_tile_and_program_size(
-    device: str, groups_per_tile: int, groups_per_program: int
+    device: str, groups_per_entry: int, groups_per_tile: int
 ) -> None:
     """Programs work on a tile of the segment table, or on a part of one."""
     _check_against_reference(
         device,
         steps=1,
         rounding=STOCHASTIC,
-        tuning={"groups_per_program": groups_per_program},
-        groups_per_tile=groups_per_tile,
+        tuning={"groups_per_tile": groups_per_tile},
+        groups_per_entry=groups_per_entry,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_flashoptim.optim.segments import GROUPS_PER_TILE, Segment, SegmentTable
+from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY, Segment, SegmentTable
 
 
 def _segments(starts: list[int]) -> list[Segment]:
@@ -20,7 +20,7 @@ def _segments(starts: list[int]) -> list[Segment]:
 
 @st.composite
 def _tables(draw: st.DrawFn) -> tuple[list[Segment], int]:
-    num_groups = draw(st.integers(1, 5 * GROUPS_PER_TILE))
+    num_groups = draw(st.integers(1, 5 * GROUPS_PER_ENTRY))
     starts = draw(st.sets(st.integers(0, num_groups - 1), min_size=1, max_size=80))
     return _segments(sorted(starts)), num_groups
 
@@ -46,18 +46,18 @@ def test_per_group_values_equal_a_search_of_every_group(layout: tuple[list[Segme
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(layout=_tables(), groups_per_tile=st.sampled_from([1, 16, GROUPS_PER_TILE, 128]))
+@given(layout=_tables(), groups_per_entry=st.sampled_from([1, 16, GROUPS_PER_ENTRY, 128]))
 def test_walking_a_tile_from_its_first_segment_finds_each_group(
-    layout: tuple[list[Segment], int], groups_per_tile: int
+    layout: tuple[list[Segment], int], groups_per_entry: int
 ) -> None:
-    """The kernel starts at tile_segment[t] and steps over starts up to tile_segment[t + 1]."""
+    """The kernel starts at entry_segment[t] and steps over starts up to entry_segment[t + 1]."""
     segments, num_groups = layout
-    table = SegmentTable(segments, num_groups, "cpu", groups_per_tile=groups_per_tile)
-    bounds = table.tile_segment.tolist()
-    assert len(bounds) == -(-num_groups // groups_per_tile) + 1
+    table = SegmentTable(segments, num_groups, "cpu", groups_per_entry=groups_per_entry)
+    bounds = table.entry_segment.tolist()
+    assert len(bounds) == -(-num_groups // groups_per_entry) + 1
     assert bounds[-1] == len(segments) - 1
     for group in range(num_groups):
-        tile = group // groups_per_tile
+        tile = group // groups_per_entry
         segment = bounds[tile]
         for candidate in range(bounds[tile] + 1, bounds[tile + 1] + 1):
             if group >= table.start[candidate]:
@@ -84,13 +84,13 @@ def test_starts_that_do_not_ascend_within_the_shard_are_refused(starts: list[int
 def test_a_shard_of_padding_only_has_an_empty_table(num_groups: int) -> None:
     table = SegmentTable([], num_groups, "cpu")
     assert len(table) == 0 and table.start.numel() == 0
-    assert not table.tile_segment.any()
+    assert not table.entry_segment.any()
 
 
 @pytest.mark.parametrize(("segments", "groups"), [(1, 1), (1, 64), (3, 65), (10, 1000)])
 def test_nbytes_is_4_per_tile_and_16_per_segment(segments: int, groups: int) -> None:
     table = SegmentTable(_segments(list(range(segments))), groups, "cpu")
-    tiles = -(-groups // GROUPS_PER_TILE)
+    tiles = -(-groups // GROUPS_PER_ENTRY)
     assert table.nbytes() == 4 * (tiles + 1) + 16 * segments
 
 
