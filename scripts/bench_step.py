@@ -28,12 +28,6 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS, ROUNDINGS
-from megatron_flashoptim.kernels.adamw import (
-    GROUPS_PER_TILE,
-    NUM_STAGES,
-    NUM_WARPS,
-    TILES_PER_PROGRAM,
-)
 from megatron_flashoptim.optim import BucketShard
 from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
@@ -61,10 +55,7 @@ class Row:
     ms_per_1b: float
     gb_per_s: float
     share_of_copy: float | None
-    groups_per_tile: int
-    num_warps: int
-    tiles_per_program: int
-    num_stages: int
+    tuning: dict[str, int]
 
 
 def make_shard(
@@ -266,7 +257,7 @@ class Bench:
             ms_per_1b=p50 / numel * 1e9,
             gb_per_s=rate,
             share_of_copy=rate / self.copy_gb_per_s if self.copy_gb_per_s else None,
-            **self.tuning,
+            tuning=self.tuning,
         )
         self.rows.append(row)
         print(format_row(row), flush=True)
@@ -324,15 +315,13 @@ def main() -> None:
     parser.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=list(ROUNDINGS))
     parser.add_argument("--repeats", type=int, default=30, help="samples per row")
     parser.add_argument(
-        "--groups-per-tile", type=int, default=GROUPS_PER_TILE, help="groups worked on at once"
+        "--tuning",
+        nargs="+",
+        default=[],
+        metavar="NAME=N",
+        help="launch options: groups_per_tile, tiles_per_program, num_stages, num_warps, "
+        "max_registers",
     )
-    parser.add_argument(
-        "--tiles-per-program", type=int, default=TILES_PER_PROGRAM, help="tiles per program"
-    )
-    parser.add_argument(
-        "--num-stages", type=int, default=NUM_STAGES, help="tiles in flight, the one worked on too"
-    )
-    parser.add_argument("--num-warps", type=int, default=NUM_WARPS, help="warps per program")
     parser.add_argument("--skip-gate", action="store_true", help="for tuning: time unchecked code")
     parser.add_argument("--ours-only", action="store_true", help="leave out other optimizers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
@@ -341,12 +330,7 @@ def main() -> None:
         parser.error("needs an NVIDIA GPU")
     where = environment()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    tuning = {
-        "groups_per_tile": options.groups_per_tile,
-        "num_warps": options.num_warps,
-        "tiles_per_program": options.tiles_per_program,
-        "num_stages": options.num_stages,
-    }
+    tuning = {name: int(value) for name, value in (item.split("=") for item in options.tuning)}
     checked = 0 if options.skip_gate else gate(tuning)
     print(f"gate: kernel equals the reference bit for bit in {checked} combinations, 3 steps each")
     print(HEADER)

@@ -34,6 +34,7 @@ def describe(flash: FlashOptimConfig, spaces: Sequence[BucketSpace] = ()) -> dic
         "optimizer": flash.optimizer,
         "group_size": GROUP_SIZE,
         "master_bits": flash.master_bits,
+        "exp_avg_sq_code": flash.exp_avg_sq_code,
         "seed": flash.seed,
     }
     if spaces:
@@ -58,7 +59,7 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig) -> None:
             f"to {FORMAT_VERSION}; upgrade megatron-flashoptim"
         )
     wanted = describe(flash)
-    for name in ("optimizer", "group_size", "master_bits"):
+    for name in ("optimizer", "group_size", "master_bits", "exp_avg_sq_code"):
         if saved[name] != wanted[name]:
             raise ValueError(
                 f"the checkpoint was saved with {name} {saved[name]}, this run has "

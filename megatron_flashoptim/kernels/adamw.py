@@ -30,11 +30,15 @@ ROOT_OF_ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO**0.5)
 EXP_AVG_SQ_STEP = tl.constexpr(exp_avg_sq_step("sqrt"))
 FOURTH_ROOT_STEP = tl.constexpr(exp_avg_sq_step("fourth_root"))
 
-# Groups of 32 per tile, warps per program and most tiles a program steps, see docs/kernel.md.
-GROUPS_PER_TILE = 8
+# Found by scripts/bench_step.py on an H100, see docs/kernel.md: a program is one warp, so that it
+# waits for no other, and steps four tiles of 512 elements, of which all but one are on the way.
+GROUPS_PER_TILE = 16
+TILES_PER_PROGRAM = 4
+NUM_STAGES = 4
 NUM_WARPS = 1
-TILES_PER_PROGRAM = 8
-NUM_STAGES = 2
+MAX_REGISTERS = 128
+# Fewer tiles per program where there would be fewer programs than this per multiprocessor.
+PROGRAMS_PER_SM = 8
 
 
 @triton.jit
@@ -268,9 +272,10 @@ def adamw_step_(
     stochastic_exp_avg_sq: bool,
     stochastic_master: bool,
     groups_per_tile: int = GROUPS_PER_TILE,
-    num_warps: int = NUM_WARPS,
-    tiles_per_program: int = TILES_PER_PROGRAM,
+    tiles_per_program: int | None = None,
     num_stages: int = NUM_STAGES,
+    num_warps: int = NUM_WARPS,
+    max_registers: int = MAX_REGISTERS,
 ) -> None:
     """Launch the fused AdamW step on one shard.
 
@@ -297,14 +302,19 @@ def adamw_step_(
         stochastic_exp_avg_sq: round the second moment stochastically.
         stochastic_master: round the master weight stochastically.
         groups_per_tile: groups a program works on at once, a power of two.
+        tiles_per_program: tiles a program steps one after the other, a power of two; chosen by
+            the size of the shard if None.
+        num_stages: tiles in flight, the one worked on included.
         num_warps: warps per program.
-        tiles_per_program: tiles a program steps one after the other, a power of two.
+        max_registers: registers per thread.
 
     Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
     ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
     """
     num_groups = param.numel() // spec.GROUP_SIZE
     groups_per_tile = min(groups_per_tile, groups_per_entry)
+    if tiles_per_program is None:
+        tiles_per_program = _tiles_per_program(num_groups // groups_per_tile, param.device)
     tiles_per_program = min(tiles_per_program, groups_per_entry // groups_per_tile)
     grid = (triton.cdiv(num_groups, groups_per_tile * tiles_per_program),)
     _adamw_step_kernel[grid](
@@ -336,5 +346,17 @@ def adamw_step_(
         GROUPS=groups_per_tile,
         GROUP=spec.GROUP_SIZE,
         num_warps=num_warps,
+        maxnreg=max_registers,
         enable_fp_fusion=False,
     )
+
+
+def _tiles_per_program(tiles: int, device: torch.device) -> int:
+    """Return how many tiles a program steps: few where the shard is too small for the device."""
+    if device.type != "cuda":
+        return TILES_PER_PROGRAM
+    programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    count = TILES_PER_PROGRAM
+    while count > 1 and tiles < count * programs:
+        count //= 2
+    return count

@@ -27,6 +27,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "Bits of the master weight: bf16 weight plus an int8 (24) or int16 (32) "
         "correction, or none (16, with --flash-master-rounding stochastic). Default 24.",
     },
+    "--flash-exp-avg-sq-code": {
+        "choices": spec.EXP_AVG_SQ_CODES,
+        "help": "Code of the second moment: sqrt is the paper's, fourth_root keeps small elements "
+        "more exactly. Default sqrt.",
+    },
     "--flash-rounding": {
         "choices": ROUNDING_POLICIES,
         "help": "Rounding of the second moment; auto takes stochastic where nearest would stall "
@@ -103,6 +108,7 @@ def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
     return FlashOptimConfig(
         optimizer=name,
         master_bits=args.flash_master_bits,
+        exp_avg_sq_code=args.flash_exp_avg_sq_code,
         rounding=args.flash_rounding,
         master_rounding=args.flash_master_rounding,
         seed=args.seed,

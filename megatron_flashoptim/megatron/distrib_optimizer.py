@@ -185,7 +185,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
                             group_index=group_index,
                         )
                     )
-                shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash.master_bits))
+                shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash))
         # Not a buffer's device: a rank whose parameters are all frozen has no buffer.
         device = torch.device(torch.cuda.current_device())
         self.optimizer.attach(shards, [group_index for group_index, _ in rows], device)
@@ -440,7 +440,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
 
 
 def _shard_of_bucket(
-    bucket: Any, buffer: Any, segments: list[Segment], master_bits: int
+    bucket: Any, buffer: Any, segments: list[Segment], flash: FlashOptimConfig
 ) -> BucketShard:
     rank = buffer.data_parallel_group.rank()
     numel = bucket.grad_data.numel() // buffer.data_parallel_group.size()
@@ -455,7 +455,8 @@ def _shard_of_bucket(
         param=bucket.param_data[mine],
         grad=bucket.grad_data[mine],
         segments=SegmentTable(segments, numel // GROUP_SIZE, bucket.grad_data.device),
-        master_bits=master_bits,
+        master_bits=flash.master_bits,
+        exp_avg_sq_code=flash.exp_avg_sq_code,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 # Groups of 32 per entry of the tile table: few enough to meet few segments, many enough that the
 # table adds 0.002 byte per parameter. A kernel program works on a part of a tile.
-GROUPS_PER_ENTRY = 256
+GROUPS_PER_ENTRY = 64
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,7 @@ def test_second_moment_codes_equal_the_reference(
     draw = _draws(groups.numel()).view(groups.shape)
     draw[-TILE:] = 0xFFFF
     draw[-TILE:, 0] = 0  # rounds the scale down
-    codes, scale = _encode_on(
-        device, groups, draw, square=True, stochastic=stochastic, code=code
-    )
+    codes, scale = _encode_on(device, groups, draw, square=True, stochastic=stochastic, code=code)
     expected_codes, expected_scale = moments.encode_exp_avg_sq_groups(
         rounding.sqrt_fp32(groups),
         code=code,
