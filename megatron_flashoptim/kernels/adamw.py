@@ -2,6 +2,8 @@
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -248,36 +250,11 @@ def _tile(tile, start, end, GROUPS: tl.constexpr, GROUP: tl.constexpr):
     return element_start, offsets, group, (group >= start) & (group < end)
 
 
-def adamw_step_(
-    param: torch.Tensor,
-    correction: torch.Tensor | None,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    hyper: torch.Tensor,
-    keys: torch.Tensor,
-    grad_scale: torch.Tensor,
-    skip: torch.Tensor,
-    segment_start: torch.Tensor,
-    segment_row: torch.Tensor,
-    segment_tensor_id: torch.Tensor,
-    segment_group_shift: torch.Tensor,
-    entry_segment: torch.Tensor,
-    *,
-    groups_per_entry: int,
-    master_bits: int,
-    fourth_root: bool,
-    stochastic_exp_avg_sq: bool,
-    stochastic_master: bool,
-    groups_per_tile: int = GROUPS_PER_TILE,
-    tiles_per_program: int | None = None,
-    num_stages: int = NUM_STAGES,
-    num_warps: int = NUM_WARPS,
-    max_registers: int = MAX_REGISTERS,
-) -> None:
-    """Launch the fused AdamW step on one shard.
+class AdamWStep:
+    """The fused AdamW step on the tensors of one shard, launched by calling it.
+
+    The first call compiles the kernel, or finds it compiled; later ones hand the same arguments to
+    the compiled kernel, which takes the host a quarter of the time.
 
     Args:
         param: bf16 or fp32, n elements (modified in place).
@@ -295,7 +272,7 @@ def adamw_step_(
         segment_row: row of the hyper table.
         segment_tensor_id: key of the parameter.
         segment_group_shift: group number in the parameter minus group number in the shard.
-        entry_segment: int32, tiles + 1 elements.
+        entry_segment: int32, entries + 1 elements.
         groups_per_entry: groups per entry of ``entry_segment``.
         master_bits: 16, 24 or 32; ignored for an fp32 ``param``.
         fourth_root: code of the second moment, see ``codec.spec``.
@@ -311,44 +288,87 @@ def adamw_step_(
     Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
     ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
     """
-    num_groups = param.numel() // spec.GROUP_SIZE
-    groups_per_tile = min(groups_per_tile, groups_per_entry)
-    if tiles_per_program is None:
-        tiles_per_program = _tiles_per_program(num_groups // groups_per_tile, param.device)
-    tiles_per_program = min(tiles_per_program, groups_per_entry // groups_per_tile)
-    grid = (triton.cdiv(num_groups, groups_per_tile * tiles_per_program),)
-    _adamw_step_kernel[grid](
-        param,
-        correction,
-        grad,
-        exp_avg,
-        exp_avg_scale,
-        exp_avg_sq,
-        exp_avg_sq_scale,
-        hyper,
-        keys,
-        grad_scale,
-        skip,
-        segment_start,
-        segment_row,
-        segment_tensor_id,
-        segment_group_shift,
-        entry_segment,
-        num_groups,
-        MASTER_BITS=0 if param.dtype == torch.float32 else master_bits,
-        FOURTH_ROOT=fourth_root,
-        STOCHASTIC_EXP_AVG_SQ=stochastic_exp_avg_sq,
-        STOCHASTIC_MASTER=stochastic_master,
-        HYPER_COLUMNS=hyper.shape[1],
-        ENTRY=groups_per_entry,
-        TILES=tiles_per_program,
-        STAGES=num_stages,
-        GROUPS=groups_per_tile,
-        GROUP=spec.GROUP_SIZE,
-        num_warps=num_warps,
-        maxnreg=max_registers,
-        enable_fp_fusion=False,
-    )
+
+    def __init__(
+        self,
+        param: torch.Tensor,
+        correction: torch.Tensor | None,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_scale: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        exp_avg_sq_scale: torch.Tensor,
+        hyper: torch.Tensor,
+        keys: torch.Tensor,
+        grad_scale: torch.Tensor,
+        skip: torch.Tensor,
+        segment_start: torch.Tensor,
+        segment_row: torch.Tensor,
+        segment_tensor_id: torch.Tensor,
+        segment_group_shift: torch.Tensor,
+        entry_segment: torch.Tensor,
+        *,
+        groups_per_entry: int,
+        master_bits: int,
+        fourth_root: bool,
+        stochastic_exp_avg_sq: bool,
+        stochastic_master: bool,
+        groups_per_tile: int = GROUPS_PER_TILE,
+        tiles_per_program: int | None = None,
+        num_stages: int = NUM_STAGES,
+        num_warps: int = NUM_WARPS,
+        max_registers: int = MAX_REGISTERS,
+    ) -> None:
+        num_groups = param.numel() // spec.GROUP_SIZE
+        groups_per_tile = min(groups_per_tile, groups_per_entry)
+        if tiles_per_program is None:
+            tiles_per_program = _tiles_per_program(num_groups // groups_per_tile, param.device)
+        tiles_per_program = min(tiles_per_program, groups_per_entry // groups_per_tile)
+        self._grid = (triton.cdiv(num_groups, groups_per_tile * tiles_per_program), 1, 1)
+        # In the order of the kernel's parameters, as the compiled kernel takes them.
+        self._arguments = (
+            param,
+            correction,
+            grad,
+            exp_avg,
+            exp_avg_scale,
+            exp_avg_sq,
+            exp_avg_sq_scale,
+            hyper,
+            keys,
+            grad_scale,
+            skip,
+            segment_start,
+            segment_row,
+            segment_tensor_id,
+            segment_group_shift,
+            entry_segment,
+            num_groups,
+            0 if param.dtype == torch.float32 else master_bits,
+            fourth_root,
+            stochastic_exp_avg_sq,
+            stochastic_master,
+            hyper.shape[1],
+            groups_per_entry,
+            tiles_per_program,
+            num_stages,
+            groups_per_tile,
+            spec.GROUP_SIZE,
+        )
+        self._options = {
+            "num_warps": num_warps,
+            "maxnreg": max_registers,
+            "enable_fp_fusion": False,
+        }
+        self._compiled: Any = None
+
+    def __call__(self) -> None:
+        """Step once, asynchronously."""
+        if self._compiled is None:
+            # None again in Triton's interpreter, which compiles nothing.
+            self._compiled = _adamw_step_kernel[self._grid](*self._arguments, **self._options)
+        else:
+            self._compiled[self._grid](*self._arguments)
 
 
 def _tiles_per_program(tiles: int, device: torch.device) -> int:

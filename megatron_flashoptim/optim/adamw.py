@@ -57,11 +57,8 @@ def launch_adamw_kernel_(
     **tuning: int,
 ) -> None:
     """Step one shard with the Triton kernel (modified in place); ``tuning`` is passed to it."""
-    # Imported here so that a machine without Triton can use the reference.
-    from megatron_flashoptim.kernels.adamw import adamw_step_ as launch
-
     segments = shard.segments
-    launch(
+    tensors = (
         shard.param,
         shard.correction,
         shard.grad,
@@ -78,13 +75,24 @@ def launch_adamw_kernel_(
         segments.tensor_id,
         segments.group_shift,
         segments.entry_segment,
-        groups_per_entry=segments.groups_per_entry,
-        master_bits=shard.master_bits,
-        fourth_root=shard.exp_avg_sq_code == "fourth_root",
-        stochastic_exp_avg_sq=exp_avg_sq_rounding == "stochastic",
-        stochastic_master=master_rounding == "stochastic",
-        **tuning,
     )
+    options = (exp_avg_sq_rounding, master_rounding, *tuning.items())
+    made_for, launch = shard.launches.get(options, (None, None))
+    if launch is None or any(was is not now for was, now in zip(made_for, tensors, strict=True)):
+        # Imported here so that a machine without Triton can use the reference.
+        from megatron_flashoptim.kernels.adamw import AdamWStep
+
+        launch = AdamWStep(
+            *tensors,
+            groups_per_entry=segments.groups_per_entry,
+            master_bits=shard.master_bits,
+            fourth_root=shard.exp_avg_sq_code == "fourth_root",
+            stochastic_exp_avg_sq=exp_avg_sq_rounding == "stochastic",
+            stochastic_master=master_rounding == "stochastic",
+            **tuning,
+        )
+        shard.launches[options] = (tensors, launch)
+    launch()
 
 
 def reference_adamw_step_(

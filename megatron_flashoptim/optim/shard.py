@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ class BucketShard:
         exp_avg_scale: bf16 scales, n / 32 elements.
         exp_avg_sq: uint8 codes of the second moment, n elements.
         exp_avg_sq_scale: bf16 scales, n / 32 elements.
+        launches: kernel launches made ready on these tensors, by their options.
 
     Raises:
         ValueError: views of the wrong dtype or length.
@@ -55,6 +57,9 @@ class BucketShard:
     exp_avg_scale: torch.Tensor = field(init=False)
     exp_avg_sq: torch.Tensor = field(init=False)
     exp_avg_sq_scale: torch.Tensor = field(init=False)
+    launches: dict[tuple[Any, ...], tuple[Any, Any]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         numel = self.param.numel()
