@@ -23,6 +23,16 @@ def mix32(value: int) -> int:
     return value ^ (value >> 16)
 
 
+def mix32_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Return ``mix32`` of each element of an int64 tensor with values in [0, 2^32)."""
+    value = value ^ (value >> 16)
+    value = (value * spec.MIX_MULTIPLIER_1) & _MASK32
+    value = value ^ (value >> 15)
+    # The product of two 32-bit values can wrap int64; its low 32 bits are right all the same.
+    value = (value * spec.MIX_MULTIPLIER_2) & _MASK32
+    return value ^ (value >> 16)
+
+
 def launch_key(seed: int, step: int, stream: int) -> int:
     """Return the 32-bit key of one random stream of one step.
 
@@ -33,6 +43,13 @@ def launch_key(seed: int, step: int, stream: int) -> int:
     """
     folded = mix32(seed) ^ mix32((seed >> 32) + 1)
     return mix32(mix32(folded + step * spec.COUNTER_MULTIPLIER) + stream * spec.STREAM_MULTIPLIER)
+
+
+def launch_keys(seed: int, step: torch.Tensor, stream: int) -> torch.Tensor:
+    """Return ``launch_key`` for an int64 tensor of steps, computed where that lives."""
+    folded = mix32(seed) ^ mix32((seed >> 32) + 1)
+    mixed = mix32_tensor((step * spec.COUNTER_MULTIPLIER + folded) & _MASK32)
+    return mix32_tensor((mixed + stream * spec.STREAM_MULTIPLIER) & _MASK32)
 
 
 def tensor_key(key: int, tensor_id: int) -> int:
@@ -50,13 +67,7 @@ def group_key(key: int | torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 tensor like ``group`` with values in [0, 2^32).
     """
-    value = (group * spec.COUNTER_MULTIPLIER + key) & _MASK32
-    value = value ^ (value >> 16)
-    value = (value * spec.MIX_MULTIPLIER_1) & _MASK32
-    value = value ^ (value >> 15)
-    # The product of two 32-bit values can wrap int64; its low 32 bits are right all the same.
-    value = (value * spec.MIX_MULTIPLIER_2) & _MASK32
-    return value ^ (value >> 16)
+    return mix32_tensor((group * spec.COUNTER_MULTIPLIER + key) & _MASK32)
 
 
 def pair_bits(group_key: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:

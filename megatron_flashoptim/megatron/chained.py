@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
+import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_flashoptim.checkpoint import metadata
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 class FlashChainedOptimizer(ChainedOptimizer):
@@ -30,6 +35,54 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     "megatron-core builds optimizers in a way megatron-flashoptim does not know"
                 )
         super().__init__(chained_optimizers)
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, torch.Tensor | None, int | None]:
+        """Step all members: gradient norm, clipping, update, without waiting for the device.
+
+        The norm and the clip coefficient stay on the device, and clipping multiplies the gradient
+        scale that the step kernel applies. The host waits only where Megatron's own options need
+        a number on the host: a loss scale, ``--log-num-zeros-in-grad``, a finite
+        ``grad_norm_skip_threshold``.
+
+        Returns:
+            ``(success, grad_norm, num_zeros_in_grad)`` as of Megatron's ``ChainedOptimizer``; the
+            norm is an fp32 scalar on the device.
+        """
+        self.grad_norms_by_group: dict[str, torch.Tensor] = {}
+        if self.prepare_grads():
+            return False, None, None
+        grad_norm = self.get_grad_norm()
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        if any(member.config.clip_grad > 0.0 for member in members):
+            self._compute_grad_norms_by_group()
+        too_large = False
+        for member in members:
+            if member.config.clip_grad > 0.0:
+                member.scale_to_norm(grad_norm, self.grad_norms_by_group)
+            threshold = member.config.grad_norm_skip_threshold
+            if math.isfinite(threshold) and bool(grad_norm > threshold):
+                logger.info("step skipped: gradient norm %s above %s", float(grad_norm), threshold)
+                too_large = True
+        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        success = not too_large and self.step_with_ready_grads()
+        return success, grad_norm, zeros
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> torch.Tensor:
+        """Return the L2 norm of all gradients over all ranks, an fp32 scalar on the device."""
+        return self._get_grad_norm_for_group(None)
+
+    def _get_grad_norm_for_group(self, grad_norm_group: str | None) -> torch.Tensor:
+        """Return the norm of one of Megatron's norm groups (None: the main one)."""
+        groups: dict[Any, torch.Tensor] = {}
+        for member in self.chained_optimizers:
+            group = member.get_grad_stats_parallel_group()
+            squared = member.squared_grad_norm(grad_norm_group)
+            groups[group] = groups[group] + squared if group in groups else squared
+        for group, squared in groups.items():
+            torch.distributed.all_reduce(squared, group=group)
+        return torch.stack(list(groups.values())).sum().sqrt()
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Refresh masters from the model weights, or from a state dict of higher precision.

@@ -107,6 +107,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
+            capturable=config.optimizer_cuda_graph,
         )
 
     @staticmethod
@@ -272,6 +273,33 @@ class FlashDistributedOptimizer(DistributedOptimizer):
             norms = [norm * self.grad_scaler.inv_scale for norm in norms]
         return norms
 
+    def squared_grad_norm(self, grad_norm_group: str | None) -> torch.Tensor:
+        """Return the square of this rank's gradient norm, an fp32 scalar on the device."""
+        total = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
+        for norms in self.get_grads_for_grad_norm(grad_norm_group):
+            total = total + norms.square().sum()
+        return total
+
+    def scale_to_norm(
+        self, grad_norm: torch.Tensor, by_group: dict[str | None, torch.Tensor]
+    ) -> None:
+        """Clip: scale the gradients of each norm group so that its norm is at most ``clip_grad``.
+
+        Args:
+            grad_norm: fp32 scalar on the device, the norm of the main group.
+            by_group: norms of Megatron's separate groups.
+        """
+
+        def coefficient(norm: torch.Tensor) -> torch.Tensor:
+            excess: torch.Tensor = (norm + 1e-6) / self.config.clip_grad
+            return excess.reciprocal().clamp(max=1.0)
+
+        main = coefficient(grad_norm)
+        for handle in self._clip_handles:
+            norm = by_group.get(getattr(handle, GRAD_NORM_GROUP_ATTR, None))
+            assert handle.grad is not None
+            handle.grad.mul_(main if norm is None else coefficient(norm))
+
     def count_zeros(self) -> int:
         """Return the number of zero gradient elements over all ranks of this optimizer."""
         device = torch.device(torch.cuda.current_device())
@@ -340,10 +368,7 @@ class FlashDistributedOptimizer(DistributedOptimizer):
         """Return param groups (without parameters), rounding seed and grad scaler state."""
         if self.is_stub_optimizer:
             return {}
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        groups = self.optimizer.plain_param_groups()
         state: dict[str, Any] = {
             "optimizer": {"param_groups": groups},
             metadata.KEY: metadata.describe(self.flash),
@@ -369,8 +394,9 @@ class FlashDistributedOptimizer(DistributedOptimizer):
                 "weight decay or learning-rate overrides differ"
             )
         matched = MegatronOptimizer._filter_and_reorder_param_groups(current, saved)
-        for group, loaded in zip(current, matched, strict=True):
-            group.update({key: value for key, value in loaded.items() if key != "params"})
+        self.optimizer.load_param_groups(
+            [{key: value for key, value in group.items() if key != "params"} for group in matched]
+        )
         self.flash = metadata.with_saved_seed(self.flash, state_dict[metadata.KEY])
         self.optimizer.flash = self.flash
         if self.grad_scaler and "grad_scaler" in state_dict:

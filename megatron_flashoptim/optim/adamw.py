@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_flashoptim.codec import moments, rounding, spec
@@ -54,7 +56,7 @@ def launch_adamw_kernel_(
     *,
     exp_avg_sq_rounding: spec.Rounding,
     master_rounding: spec.Rounding,
-    **tuning: int,
+    **tuning: Any,
 ) -> None:
     """Step one shard with the Triton kernel (modified in place); ``tuning`` is passed to it."""
     segments = shard.segments

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.optim.adamw import adamw_step_
+from megatron_flashoptim.optim.capture import DeviceHyper
 from megatron_flashoptim.optim.config import FlashOptimConfig
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
@@ -27,6 +28,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         betas: default decay rates of the moments.
         eps: default term added to the denominator.
         weight_decay: default decoupled weight decay.
+        capturable: keep learning rate and step number on the device, so that a step can be
+            captured in a CUDA graph.
 
     Attributes:
         shards: bucket shards in the order in which they are stepped.
@@ -43,6 +46,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(list(params), defaults)
@@ -50,6 +54,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.shards: list[BucketShard] = []
         self.row_groups: list[int] = []
         self.table = HyperTable(0, "cpu")
+        self._capturable = capturable
+        self._device_hyper: DeviceHyper | None = None
 
     def attach(
         self,
@@ -69,6 +75,31 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.shards = list(shards)
         self.row_groups = list(row_groups)
         self.table = HyperTable(len(self.row_groups), device)
+        if self._capturable:
+            self._device_hyper = DeviceHyper(self.table, self.param_groups, self.row_groups)
+
+    def load_param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Update each param group with the values given for it."""
+        for group, values in zip(self.param_groups, groups, strict=True):
+            lr = group["lr"]
+            group.update(values)
+            if isinstance(lr, torch.Tensor) and "lr" in values:
+                group["lr"] = lr.fill_(float(values["lr"]))
+        if self._device_hyper is not None:
+            self._device_hyper.load()
+
+    def plain_param_groups(self) -> list[dict[str, Any]]:
+        """Return the param groups as plain values, without parameters, for a checkpoint."""
+        if self._device_hyper is not None:
+            self._device_hyper.store()
+        return [
+            {
+                key: value.item() if isinstance(value, torch.Tensor) else value
+                for key, value in group.items()
+                if key != "params"
+            }
+            for group in self.param_groups
+        ]
 
     # The base class's overloads return a closure's loss; there is no closure here.
     @torch.no_grad()
@@ -80,11 +111,14 @@ class FlashOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("FlashOptimizer.step takes no closure")
-        for group in self.param_groups:
-            group["step"] += 1
-        rows = [_adam_hyper(self.param_groups[index]) for index in self.row_groups]
-        self.table.fill(rows, seed=self.flash.seed)
-        beta2 = max((row.beta2 for row in rows), default=0.0)
+        if self._device_hyper is not None:
+            self._device_hyper.advance(self.flash.seed)
+        else:
+            for group in self.param_groups:
+                group["step"] += 1
+            rows = [_adam_hyper(self.param_groups[index]) for index in self.row_groups]
+            self.table.fill(rows, seed=self.flash.seed)
+        beta2 = max((self.param_groups[index]["betas"][1] for index in self.row_groups), default=0)
         rounding = self.flash.resolve_rounding(beta2)
         for shard in self.shards:
             adamw_step_(

@@ -132,8 +132,10 @@ def _rows() -> list[Any]:
     trainer.step()
     table = member.optimizer.table.values
     names = {p: n for n, p in trainer.model[0].named_parameters()}
+    lr = table[:, columns.STEP_SIZE] * (1 - 0.9)  # without the bias correction of step 1
+    decay = table[:, columns.DECAY] / lr
     return [
-        (names[item.param], *table[segment.row, :2].tolist())
+        (names[item.param], lr[segment.row].item(), decay[segment.row].item())
         for item, segment in zip(member.shard_params, shard.segments.segments, strict=True)
     ]
 
