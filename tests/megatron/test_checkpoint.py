@@ -14,11 +14,11 @@ from megatron_flashoptim import FlashOptimConfig
 METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def _save(trainer: Any, folder: Path) -> None:
+def _save(trainer: Any, folder: Path, sharding_type: str = "dp_reshardable") -> None:
     from megatron.core import dist_checkpointing
 
     trainer.sync_params()
-    metadata = dict(METADATA)
+    metadata = {**METADATA, "distrib_optim_sharding_type": sharding_type}
     model = trainer.model[0].module.sharded_state_dict()
     state = {
         "model": model,
