@@ -84,7 +84,27 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 self._check(content, members)
             else:
                 content[metadata.KEY] = self._describe(content, members, model_sharded_state_dict)
-        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        if content is None or not members or content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        self._synchronize_steps()
+        return _merged(
+            [m.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs) for m in members]
+        )
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load what ``sharded_state_dict`` or ``state_dict`` of such a chain became.
+
+        Raises:
+            ValueError: the state is of another optimizer or format, or has other param groups.
+        """
+        if not isinstance(state_dict, dict) or _MERGED not in state_dict:
+            super().load_state_dict(state_dict)
+            return
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        for number, member in enumerate(members):
+            param_state = state_dict[_PARAM_STATE][str(number)]
+            member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
+        self._synchronize_steps()
 
     def _check(self, content: dict[str, Any], members: list[FlashDistributedOptimizer]) -> None:
         saved = content.get(metadata.KEY)
@@ -155,3 +175,20 @@ class FlashChainedOptimizer(ChainedOptimizer):
             f"parameter, {flash.master_bits}-bit masters ({flash.master_rounding} rounding), "
             f"second moment rounded {flash.resolve_rounding(beta2)}, {launches} launches per step"
         )
+
+
+# How many members a chain has depends on the layout: experts have one of their own only with
+# expert parallelism. So all members' groups are saved as those of one, marked by this key.
+_MERGED = "flashoptim_merged"
+_PARAM_STATE = "param_state"
+
+
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the state dicts of a chain's members as one, parameter state side by side."""
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
+    return {
+        **states[0],
+        _MERGED: True,
+        "optimizer": {"param_groups": groups},
+        _PARAM_STATE: {str(number): state[_PARAM_STATE] for number, state in enumerate(states)},
+    }

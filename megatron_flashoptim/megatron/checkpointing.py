@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_flashoptim.checkpoint import loading
+from megatron_flashoptim.checkpoint import loading, param_groups
 from megatron_flashoptim.checkpoint import metadata as flash_metadata
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
@@ -77,15 +76,9 @@ class FlashCheckpointing(_Base):
             return
         saved_format = state_dict.get(flash_metadata.KEY)
         flash_metadata.check(saved_format, self.flash, self.weights_dtype())
-        saved = [{**group, "params": []} for group in state_dict["optimizer"]["param_groups"]]
         current = self.optimizer.param_groups
-        if len(saved) != len(current):
-            raise ValueError(
-                f"the checkpoint has {len(saved)} param groups, this run has {len(current)}: "
-                "weight decay or learning-rate overrides differ"
-            )
-        matched = MegatronOptimizer._filter_and_reorder_param_groups(current, saved)
-        for group, loaded in zip(current, matched, strict=True):
+        saved = state_dict["optimizer"]["param_groups"]
+        for group, loaded in zip(current, param_groups.match(current, saved), strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
         self.flash = flash_metadata.with_saved_seed(self.flash, state_dict[flash_metadata.KEY])
         self.optimizer.flash = self.flash

@@ -11,40 +11,6 @@ from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
 
-METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def _save(trainer: Any, folder: Path, sharding_type: str = "dp_reshardable") -> None:
-    from megatron.core import dist_checkpointing
-
-    trainer.sync_params()
-    metadata = {**METADATA, "distrib_optim_sharding_type": sharding_type}
-    model = trainer.model[0].module.sharded_state_dict()
-    state = {
-        "model": model,
-        "optimizer": trainer.optimizer.sharded_state_dict(model, metadata=metadata),
-        "step_number": trainer.step_number,
-    }
-    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
-
-
-def _load(trainer: Any, folder: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    metadata = dist_checkpointing.load_content_metadata(str(folder))
-    model = trainer.model[0].module.sharded_state_dict()
-    state = {
-        "model": model,
-        "optimizer": trainer.optimizer.sharded_state_dict(
-            model, is_loading=True, metadata=metadata
-        ),
-        "step_number": 0,
-    }
-    loaded = dist_checkpointing.load(state, str(folder))
-    trainer.model[0].module.load_state_dict(loaded["model"])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
-    trainer.step_number = loaded["step_number"]
-
 
 def _everything(trainer: Any) -> dict[str, Any]:
     state = {
