@@ -84,9 +84,12 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 self._check(content, members)
             else:
                 content[metadata.KEY] = self._describe(content, members, model_sharded_state_dict)
-        if content is None or not members or content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
+        if (
+            content is None
+            or not members
+            or content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE
+        ):
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
-        self._synchronize_steps()
         return _merged(
             [m.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs) for m in members]
         )
@@ -104,7 +107,6 @@ class FlashChainedOptimizer(ChainedOptimizer):
         for number, member in enumerate(members):
             param_state = state_dict[_PARAM_STATE][str(number)]
             member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
-        self._synchronize_steps()
 
     def _check(self, content: dict[str, Any], members: list[FlashDistributedOptimizer]) -> None:
         saved = content.get(metadata.KEY)

@@ -98,11 +98,14 @@ def load(trainer: Any, folder: Path, *, parallel: bool = False) -> None:
 
 
 def _legacy_names(folder: Path) -> tuple[Path, Path]:
-    # One file of weights for each rank, where Megatron writes one per model-parallel rank.
+    # As Megatron names them: weights of each rank, state of each model-parallel rank.
+    model_rank = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
     rank = torch.distributed.get_rank()
-    group = parallel_state.get_data_parallel_group()
-    first = torch.distributed.get_process_group_ranks(group)[0]
-    return folder / f"{rank}.pt", folder / f"optimizer_{first}.pt"
+    return folder / f"{rank}.pt", folder / f"optimizer_{'_'.join(map(str, model_rank))}.pt"
 
 
 def _save_legacy(trainer: Any, folder: Path) -> None:

@@ -1,7 +1,9 @@
-"""Checkpoints in ``torch_dist``, ``dp_reshardable``: small, bitwise, refused when foreign."""
+"""Checkpoints in every format: small, resumed bitwise, refused when foreign."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,26 @@ from ranks import run_ranks
 from megatron_flashoptim import FlashOptimConfig
 
 
-def _everything(trainer: Any) -> dict[str, Any]:
-    state = {
-        f"{m}.{s}.{name}": tensor.clone()
-        for m, member in enumerate(trainer.optimizer.chained_optimizers)
-        for s, shard in enumerate(member.optimizer.shards)
-        for name, tensor in shard.state()
-    }
-    groups = [
-        {k: v for k, v in group.items() if k != "params"}
-        for group in trainer.optimizer.param_groups
-    ]
-    return {"weights": trainer.weights(), "state": state, "groups": groups}
-
-
 def _train(
-    steps: int, load: Path | None = None, save: Path | None = None, **options: Any
+    steps: int,
+    load: Path | None = None,
+    save: Path | None = None,
+    save_as: str = "dp_reshardable",
+    parallel: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
+    import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     if load is not None:
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.5  # must come from the checkpoint
-        _load(trainer, load)
+        checkpoints.load(trainer, load, parallel=parallel)
     losses = trainer.train(steps)
     if save is not None:
-        _save(trainer, save)
-    return {**_everything(trainer), "losses": losses}
+        checkpoints.save(trainer, save, save_as, parallel=parallel)
+    return {**checkpoints.everything(trainer), "losses": losses}
 
 
 def _assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -76,14 +70,29 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_resume_in_fresh_processes_is_bitwise(case: str, tmp_path: Path) -> None:
+@cache
+def _whole(case: str) -> list[Any]:
     world_size, options = CASES[case]
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    whole = run_ranks(world_size, _train, 6, **options)
-    first = run_ranks(world_size, _train, 3, save=folder, **options)
-    second = run_ranks(world_size, _train, 3, load=folder, **options)
+    return run_ranks(world_size, _train, 6, **options)
+
+
+def _cases() -> Iterator[tuple[str, str]]:
+    yield from (("dp_reshardable", case) for case in CASES)
+    yield from (("fully_reshardable", case) for case in CASES)
+    layouts = ("data parallel", "tensor parallel", "pipeline parallel", "experts")
+    overlap = "overlap, several buckets with padding"
+    yield from (("torch", case) for case in (*layouts, overlap, "32-bit masters", "fp32 model"))
+    yield "fully_reshardable, memory efficient", overlap
+
+
+@pytest.mark.parametrize(("save_as", "case"), sorted(_cases(), key=lambda pair: pair[1]))
+def test_resume_in_fresh_processes_is_bitwise(save_as: str, case: str, tmp_path: Path) -> None:
+    world_size, options = CASES[case]
+    whole = _whole(case)
+    # With Megatron's fully parallel save and load in every other case.
+    options = {**options, "parallel": len(case) % 2 == 0}
+    first = run_ranks(world_size, _train, 3, save=tmp_path, save_as=save_as, **options)
+    second = run_ranks(world_size, _train, 3, load=tmp_path, **options)
     for rank in range(world_size):
         assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
         _assert_same_bits(second[rank], whole[rank])
@@ -117,52 +126,52 @@ def test_data_parallel_size_may_change_in_dp_reshardable(tmp_path: Path) -> None
         assert not any(tensor[length:].any() for tensor in joined), "padding holds no state"
 
 
-def _bytes_saved(folder: Path) -> int:
+def _bytes_saved(folder: Path, save_as: str) -> int:
+    import checkpoints
     import tiny_gpt
 
-    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=256, layers=2))
+    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=512, layers=2))
     trainer.train(1)
-    _save(trainer, folder)
+    checkpoints.save(trainer, folder, save_as)
     return sum(param.numel() for param in trainer.model[0].parameters())
 
 
-def test_weights_and_state_take_5_2_bytes_per_parameter_on_disk(tmp_path: Path) -> None:
-    (numel, _) = run_ranks(2, _bytes_saved, tmp_path)
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable"])
+def test_weights_and_state_take_5_2_bytes_per_parameter_on_disk(
+    save_as: str, tmp_path: Path
+) -> None:
+    (numel, _) = run_ranks(2, _bytes_saved, tmp_path, save_as)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert 5.125 * numel < size < 5.2 * numel
 
 
 def _load_error(folder: Path, **options: Any) -> str:
+    import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     try:
-        _load(trainer, folder)
+        checkpoints.load(trainer, folder)
     except ValueError as problem:
         return str(problem)
     return ""
 
 
 def _save_stock(folder: Path) -> None:
+    import checkpoints
     import tiny_gpt
     from exact_adamw import use_as_megatrons_adam
 
     use_as_megatrons_adam()
     trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None))
     trainer.train(1)
-    _save(trainer, folder)
+    checkpoints.save(trainer, folder)
 
 
 def test_stock_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(1, _save_stock, tmp_path)
     (message,) = run_ranks(1, _load_error, tmp_path)
     assert "holds no flash optimizer state" in message and "--no-load-optim" in message
-
-
-def test_other_master_bits_are_refused_naming_both_sides(tmp_path: Path) -> None:
-    run_ranks(1, _train, 1, save=tmp_path)
-    (message,) = run_ranks(1, _load_error, tmp_path, flash=FlashOptimConfig(master_bits=32))
-    assert "master_bits 24" in message and "32" in message
 
 
 def test_other_buckets_are_refused_naming_both_sides(tmp_path: Path) -> None:
@@ -196,7 +205,7 @@ def _unsupported_type() -> str:
     trainer = tiny_gpt.build(tiny_gpt.Setup())
     try:
         trainer.optimizer.sharded_state_dict(
-            {}, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+            {}, metadata={"distrib_optim_sharding_type": "fully_sharded_model_space"}
         )
     except ValueError as problem:
         return str(problem)
@@ -205,7 +214,8 @@ def _unsupported_type() -> str:
 
 def test_unsupported_sharding_type_is_refused_by_name() -> None:
     (message,) = run_ranks(1, _unsupported_type)
-    assert "'fully_reshardable'" in message and "dp_reshardable" in message
+    assert "'fully_sharded_model_space'" in message
+    assert "dp_reshardable, fully_reshardable" in message
 
 
 def _model_only() -> tuple[bool, Any, Any]:
