@@ -38,7 +38,7 @@ def save(
     if sharding_type == LEGACY:
         _save_legacy(trainer, folder)
         return
-    _fork_queue_of_results()
+    fork_queue_of_results()
     metadata = _metadata(sharding_type)
     strategy = TorchDistSaveShardedStrategy()
     if parallel:
@@ -48,7 +48,7 @@ def save(
     dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
 
 
-def _fork_queue_of_results() -> None:
+def fork_queue_of_results() -> None:
     """Fork the process that serves Megatron's queue, which imports all again where spawned."""
     if filesystem_async._results_queue is None:
         manager = multiprocessing.get_context("fork").Manager()

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import tiny_gpt
 import torch
-from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import arguments, async_utils, checkpointing, global_vars
@@ -19,7 +19,8 @@ _FLAGS = """--optimizer flash_adamw --use-distributed-optimizer --bf16 --micro-b
 --seq-length 64 --max-position-embeddings 64 --num-attention-heads 4 --train-iters 8 --lr 1e-3
 --transformer-impl local --position-embedding-type rope --no-rope-fusion --async-strategy mcore
 --no-gradient-accumulation-fusion --no-bias-swiglu-fusion --distributed-backend gloo
---no-masked-softmax-fusion --save-interval 100 --tokenizer-type NullTokenizer --vocab-size 255""".split()
+--no-masked-softmax-fusion --save-interval 100 --tokenizer-type NullTokenizer
+--vocab-size 255""".split()
 
 
 class Run:
@@ -44,6 +45,8 @@ class Run:
             *flags,
         ]
         unset_num_microbatches_calculator()
+        if not torch.cuda.is_available():
+            arguments.get_device_arch_version = lambda: 10  # asked with tensor parallelism
         self.args = arguments.validate_args(arguments.parse_args())
         global_vars.set_global_variables(self.args, build_tokenizer=False)
         self.trainer = tiny_gpt.build(setup)
@@ -53,7 +56,7 @@ class Run:
             max_lr=self.args.lr,
             min_lr=0.0,
             lr_warmup_steps=0,
-            lr_decay_steps=8,
+            lr_decay_steps=self.args.lr_decay_iters or 8,
             lr_decay_style="linear",
             start_wd=0.1,
             end_wd=0.1,
@@ -74,11 +77,16 @@ class Run:
 
     def save(self, iteration: int) -> None:
         """Save as the training loop does, to the end of an asynchronous save."""
+        self.save_in_background(iteration)
+        async_utils.maybe_finalize_async_save(blocking=True)
+
+    def save_in_background(self, iteration: int) -> None:
+        """Save as the training loop does, without waiting for an asynchronous save."""
         self.trainer.sync_params()
+        checkpoints.fork_queue_of_results()
         checkpointing.save_checkpoint(
             iteration, self.trainer.model, self.trainer.optimizer, self.scheduler, 0, self.context
         )
-        async_utils.maybe_finalize_async_save(blocking=True)
 
     def load(self) -> int:
         """Load as the training loop does; returns the iteration."""
@@ -88,17 +96,9 @@ class Run:
             self.scheduler,
             checkpointing_context=self.context,
         )
-        torch.distributed.barrier()
         self.trainer.step_number = iteration
         return iteration
 
     def everything(self) -> dict[str, Any]:
         """Return copies of weights, state and param groups of this rank."""
-        import checkpoints
-
         return checkpoints.everything(self.trainer)
-
-
-def data_parallel_rank() -> int:
-    """Return this rank's number in its data-parallel group."""
-    return parallel_state.get_data_parallel_rank()
