@@ -122,12 +122,6 @@ RULES = (
         "state; drop the flag",
     ),
     Rule(
-        "ckpt_convert_format",
-        lambda value: value not in (None, *_CHECKPOINT_FORMATS),
-        "--ckpt-convert-format other than torch_dist or torch",
-        "flash state is not mapped to the others; use one of these",
-    ),
-    Rule(
         "ckpt_format",
         lambda value: value not in _CHECKPOINT_FORMATS,
         "--ckpt-format other than torch_dist or torch",

@@ -62,6 +62,34 @@ def test_training_resumes_bitwise(case: str, tmp_path: Path) -> None:
         assert_same_state(ours, theirs)
 
 
+def _convert(folder: Path, converted: Path, to: str) -> dict[str, Any]:
+    """Do what the training loop does for ``--ckpt-convert-format``."""
+    import training_checkpoints
+    from megatron.training.training import update_use_dist_ckpt
+
+    run = training_checkpoints.Run(
+        folder, *("" if to == "torch" else "--ckpt-format torch").split()
+    )
+    iteration = run.load()
+    run.args.ckpt_format = to
+    update_use_dist_ckpt(run.args)
+    run.args.save = str(converted)
+    run.save(iteration)
+    return run.everything()
+
+
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+def test_formats_convert_into_each_other(to: str, tmp_path: Path) -> None:
+    formats = {"torch": "--ckpt-format torch", "torch_dist": ""}
+    other = formats["torch_dist" if to == "torch" else "torch"]
+    folder, converted = tmp_path / "saved", tmp_path / "converted"
+    saved = run_ranks(2, _train, folder, other, 2, save_at=(2,))
+    run_ranks(2, _convert, folder, converted, to)
+    loaded = run_ranks(2, _train, converted, formats[to], 0, load=True)
+    for ours, theirs in zip(loaded, saved, strict=True):
+        assert_same_state(ours, theirs)
+
+
 def _async_race(folder: Path) -> dict[str, Any]:
     import training_checkpoints
     from megatron.training import async_utils

@@ -70,7 +70,6 @@ REFUSED = {
     "--qk-clip": ("--qk-clip", "drop the flag"),
     "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
     "--overlap-param-gather-with-optimizer-step": ("--overlap-param-gather-with", "drop the flag"),
-    "--ckpt-convert-format torch_dcp": ("--ckpt-convert-format", "torch_dist or torch"),
     "--ckpt-format torch_dcp": ("--ckpt-format", "torch_dist or torch"),
     "--flash-master-bits 16": ("--flash-master-bits 16", "--flash-master-rounding stochastic"),
     "--flash-master-bits 20": ("--flash-master-bits", "choose from 16, 24, 32"),
