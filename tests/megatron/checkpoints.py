@@ -39,7 +39,7 @@ def save(
         _save_legacy(trainer, folder)
         return
     fork_queue_of_results()
-    metadata = _metadata(sharding_type)
+    metadata = metadata_of(sharding_type)
     strategy = TorchDistSaveShardedStrategy()
     if parallel:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -65,7 +65,8 @@ def saved_state(trainer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _metadata(sharding_type: str) -> dict[str, Any]:
+def metadata_of(sharding_type: str) -> dict[str, Any]:
+    """Return the content metadata that Megatron makes of its flags."""
     return {
         "distrib_optim_sharding_type": sharding_type.split(",")[0],
         "distrib_optim_fully_reshardable_mem_efficient": sharding_type == MEMORY_EFFICIENT,

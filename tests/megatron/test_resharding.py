@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
+
+from megatron_flashoptim import FlashOptimConfig
 
 
 def _round(load: Path | None, save: Path | None, steps: int = 1, **options: Any) -> tuple[Any, Any]:
@@ -98,3 +102,116 @@ def test_state_is_the_same_bits_at_every_layout(chain: str, tmp_path: Path) -> N
         assert any("master" in key for key in previous)
         moments = [tensor for key, tensor in previous.items() if key.startswith("exp_avg_sq.")]
         assert all(tensor.any() for tensor in moments), "every parameter must have been trained"
+
+
+def _decoded(state: dict[str, torch.Tensor], moment: str, key: str) -> torch.Tensor:
+    """Decode a moment whose elements each carry a scale, 32 times over for the public codec."""
+    from megatron_flashoptim.checkpoint.conversion import decode_moment
+
+    codes = state[f"{moment}.{key}"].reshape(-1).repeat_interleave(32)
+    scales = state[f"{moment}_scale.{key}"].reshape(-1).view(torch.bfloat16)
+    return decode_moment(moment, codes, scales)[::32]
+
+
+def test_columns_that_tensor_parallelism_cuts_within_groups(tmp_path: Path) -> None:
+    """96 columns over two ranks: 48 are no multiple of 32, and groups are cut anew both ways."""
+    from checkpoints import joined
+
+    one, two = {"hidden": 96, "layers": 1}, {"hidden": 96, "layers": 1, "tp": 2}
+    folders = [tmp_path / str(number) for number in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    attention = "decoder.layers.self_attention"
+    cut = (f"{attention}.linear_proj.weight", f"{attention}.linear_qkv.bias")  # 288 over two ranks
+    runs = [(1, None, folders[0], one), (2, folders[0], folders[1], two)]
+    runs += [(2, folders[1], folders[2], one)]
+    previous = None
+    for world_size, load, save, options in runs:
+        ranks = run_ranks(world_size, _round, load, save, **options)
+        if previous is not None:
+            loaded = joined([loaded for loaded, _ in ranks])
+            differing = {key for key in loaded if not torch.equal(loaded[key], previous[key])}
+            moments = ("exp_avg", "exp_avg_sq")
+            assert differing <= {
+                f"{moment}{scale}.{key}"
+                for moment in moments
+                for scale in ("", "_scale")
+                for key in cut
+            }
+            for moment, key in itertools.product(moments, cut):
+                scale = loaded[f"{moment}_scale.{key}"].view(torch.bfloat16).float().flatten()
+                got, want = (_decoded(state, moment, key) for state in (loaded, previous))
+                if moment == "exp_avg_sq":
+                    got, want = got.sqrt(), want.sqrt()
+                bound = {"exp_avg": 1 / 127, "exp_avg_sq": 1 / 255}[moment]
+                assert ((got - want).abs() <= scale * bound * (1 + 2**-20)).all()
+                assert not torch.equal(got, want), "groups must have been encoded again"
+        previous = joined([saved for _, saved in ranks])
+
+
+BITS = {
+    bits: FlashOptimConfig(
+        master_bits=bits, master_rounding="stochastic" if bits == 16 else "nearest"
+    )
+    for bits in (16, 24, 32)
+}
+
+
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable"])
+@pytest.mark.parametrize(("saved", "bits"), [(24, 32), (32, 24), (16, 24), (16, 32)])
+def test_master_bits_convert_on_load(saved: int, bits: int, save_as: str, tmp_path: Path) -> None:
+    from checkpoints import assert_same, joined
+
+    before = run_ranks(1, _save_state, tmp_path, save_as, flash=BITS[saved], layers=1)
+    after = run_ranks(2, _load_state, tmp_path, flash=BITS[bits], layers=1)
+    ours, theirs = joined(after), joined(before)
+    if (saved, bits) != (32, 24):
+        assert_same(ours, theirs)
+        return
+    masters = [key for key in theirs if key.startswith("master")]
+    ours_flat, theirs_flat = (
+        torch.cat([side[key].flatten() for key in masters]).view(torch.int32).to(torch.int64)
+        for side in (ours, theirs)
+    )
+    error = (ours_flat - theirs_flat).abs()
+    assert 0 < error.max() <= 255, "less than a 24-bit quantum of 256 fp32 ulps"
+    assert (error <= 128).float().mean() > 0.99
+    assert_same(*({k: v for k, v in s.items() if k not in masters} for s in (ours, theirs)))
+
+
+def _save_state(folder: Path, save_as: str, **options: Any) -> Any:
+    import checkpoints
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    trainer.train(2)
+    checkpoints.save(trainer, folder, save_as)
+    return checkpoints.in_model_space(trainer)
+
+
+def _load_state(folder: Path, **options: Any) -> Any:
+    import checkpoints
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    checkpoints.load(trainer, folder)
+    return checkpoints.in_model_space(trainer)
+
+
+def _load_error(folder: Path, **options: Any) -> str:
+    try:
+        _load_state(folder, **options)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable"])
+def test_masters_that_cannot_convert_are_refused_naming_both_sides(
+    save_as: str, tmp_path: Path
+) -> None:
+    run_ranks(1, _save_state, tmp_path, save_as, layers=1)
+    (bits,) = run_ranks(1, _load_error, tmp_path, flash=BITS[16], layers=1)
+    assert "master_bits 24, this run has 16" in bits
+    (weights,) = run_ranks(1, _load_error, tmp_path, bf16=False, layers=1)
+    assert "weights bfloat16, this run has float32" in weights
