@@ -255,7 +255,8 @@ def run(options: argparse.Namespace, optimizer: str, sharding_type: str, folder:
             raise SystemExit(
                 f"{optimizer}, {sharding_type}: loaded state differs from what was saved"
             )
-        disk_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        if first:
+            disk_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return Row(
         optimizer=optimizer,
         format=sharding_type,
