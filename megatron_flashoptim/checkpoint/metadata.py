@@ -122,6 +122,30 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
         )
 
 
+def check_covered(ranks: Iterable[dict[str, tuple[int, int]]]) -> None:
+    """Refuse to save tensors of which the ranks together have a part of the state only.
+
+    Args:
+        ranks: elements saved and all elements of each model key, of each rank and optimizer.
+
+    Raises:
+        ValueError: names the tensor and the format that can be used.
+    """
+    saved: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for rank in ranks:
+        for key, (numel, whole) in rank.items():
+            saved[key] = saved.get(key, 0) + numel
+            total[key] = whole
+    for key, whole in total.items():
+        if saved[key] != whole:
+            raise ValueError(
+                f"{saved[key]} of the {whole} elements of {key} have optimizer state: Megatron "
+                "keeps layers of one kind in one tensor, and some of them are frozen. Save with "
+                "dp_reshardable (without --dist-ckpt-optim-fully-reshardable)"
+            )
+
+
 def with_saved_seed(flash: FlashOptimConfig, saved: dict[str, Any]) -> FlashOptimConfig:
     """Return the configuration with the checkpoint's rounding seed, which a resumed run keeps."""
     return dataclasses.replace(flash, seed=saved["seed"])

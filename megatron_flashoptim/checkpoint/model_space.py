@@ -13,6 +13,7 @@ metadata. ``conversion.regroup`` makes groups of scales per element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,21 @@ class ModelSpace:
             for piece in owned.pieces
             if not piece.has_whole_groups(owned.shape)
         }
+
+    def covered(self) -> dict[str, tuple[int, int]]:
+        """Return, for each model key, the elements whose state this rank saves, and all there are.
+
+        Megatron keeps layers or experts of one kind under one key. If some are frozen, the state of
+        the others is not the whole tensor, which cannot be saved.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for owned in self.ranges:
+            for piece in owned.pieces:
+                saves = self.instance == 0 and not any(piece.replica_id[:2])
+                numel = sum(box.numel() for box in owned.boxes(piece)) if saves else 0
+                before, _ = found.get(piece.key, (0, 0))
+                found[piece.key] = (before + numel, math.prod(piece.global_shape))
+        return found
 
     def saving(self, per_element: Container[str]) -> dict[str, object]:
         """Return the sharded state dict to save.

@@ -8,6 +8,7 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 
@@ -31,23 +32,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     "megatron-core builds optimizers in a way megatron-flashoptim does not know"
                 )
         super().__init__(chained_optimizers)
-        self.ranks_with_state: list[int] | None = None
-        self._state_group: torch.distributed.ProcessGroup | None = None
         self._per_element: set[str] | None = None
-        if torch.distributed.is_initialized():
-            self._find_ranks_with_state()
-
-    def _find_ranks_with_state(self) -> None:
-        """Find the ranks that Megatron asks for a sharded state dict: not those without state.
-
-        Every rank of the world builds its optimizer, so that all take part here.
-        """
-        stubs: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(stubs, bool(self.is_stub_optimizer))
-        ranks = [rank for rank, is_stub in enumerate(stubs) if not is_stub]
-        if 0 < len(ranks) < len(stubs):
-            self.ranks_with_state = ranks
-            self._state_group = torch.distributed.new_group(ranks)
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Refresh masters from the model weights, or from a state dict of higher precision.
@@ -120,32 +105,26 @@ class FlashChainedOptimizer(ChainedOptimizer):
         members: list[FlashDistributedOptimizer],
         model_sharded_state_dict: Any,
     ) -> dict[str, Any]:
-        """Return the description of the state to save, the same on all ranks that have any.
-
-        Raises:
-            ValueError: global rank 0, whose metadata Megatron stores, has no optimizer state.
-        """
-        if self.ranks_with_state is not None and self.ranks_with_state[0] != 0:
-            raise ValueError(
-                "global rank 0 has no trainable parameters, and Megatron stores the metadata that "
-                "describes the optimizer state from rank 0; save with --no-save-optim, or lay the "
-                "model out so that rank 0 trains some"
-            )
+        """Return the description of the state to save, the same on all ranks but for buckets."""
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
             return described | metadata.describe_buckets(m.bucket_space() for m in members)
         if self._per_element is None:
-            spaces = (member.model_space(model_sharded_state_dict) for member in members)
-            local = set().union(*(space.keys_with_broken_groups() for space in spaces))
-            self._per_element = self._union_over_ranks(local)
+            spaces = [member.model_space(model_sharded_state_dict) for member in members]
+            self._per_element = self._agree(spaces)
         return described | metadata.describe_groups(self._per_element)
 
-    def _union_over_ranks(self, keys: set[str]) -> set[str]:
-        """Return the union of the keys of all ranks that have optimizer state."""
-        group = self._state_group
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, sorted(keys), group=group)
-        return set().union(*gathered)
+    def _agree(self, spaces: list[ModelSpace]) -> set[str]:
+        """Return the keys with broken groups on any rank, a collective of all ranks.
+
+        Raises:
+            ValueError: a tensor's state would be incomplete; on all ranks.
+        """
+        local = [(space.keys_with_broken_groups(), space.covered()) for space in spaces]
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, local)
+        metadata.check_covered(covered for rank in gathered for _, covered in rank)
+        return {key for rank in gathered for keys, _ in rank for key in keys}
 
     def state_bytes(self) -> int:
         """Return the bytes of optimizer state on this rank."""

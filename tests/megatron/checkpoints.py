@@ -132,15 +132,17 @@ def _load_legacy(trainer: Any, folder: Path) -> None:
 
 def everything(trainer: Any) -> dict[str, Any]:
     """Return copies of weights, flat state and param groups of this rank."""
+    members = [m for m in trainer.optimizer.chained_optimizers if not m.is_stub_optimizer]
     state = {
         f"{m}.{s}.{name}": tensor.clone()
-        for m, member in enumerate(trainer.optimizer.chained_optimizers)
+        for m, member in enumerate(members)
         for s, shard in enumerate(member.optimizer.shards)
         for name, tensor in shard.state()
     }
     groups = [
-        {k: v for k, v in group.items() if k != "params"}
-        for group in trainer.optimizer.param_groups
+        {key: value for key, value in group.items() if key != "params"}
+        for member in members
+        for group in member.optimizer.param_groups
     ]
     return {"weights": trainer.weights(), "state": state, "groups": groups}
 

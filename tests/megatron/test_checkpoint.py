@@ -147,7 +147,7 @@ def _load_error(folder: Path, **options: Any) -> str:
     return ""
 
 
-def _save_stock(folder: Path) -> None:
+def _save_stock(folder: Path, save_as: str) -> None:
     import checkpoints
     import tiny_gpt
     from exact_adamw import use_as_megatrons_adam
@@ -155,11 +155,12 @@ def _save_stock(folder: Path) -> None:
     use_as_megatrons_adam()
     trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None))
     trainer.train(1)
-    checkpoints.save(trainer, folder)
+    checkpoints.save(trainer, folder, save_as)
 
 
-def test_stock_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
-    run_ranks(1, _save_stock, tmp_path)
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable", "torch"])
+def test_stock_checkpoint_is_refused_by_name(save_as: str, tmp_path: Path) -> None:
+    run_ranks(1, _save_stock, tmp_path, save_as)
     (message,) = run_ranks(1, _load_error, tmp_path)
     assert "holds no flash optimizer state" in message and "--no-load-optim" in message
 
@@ -254,3 +255,54 @@ def test_masters_are_split_from_a_higher_precision_state_dict() -> None:
     for masters, precise in run_ranks(2, _from_state_dict):
         assert ((masters - precise).abs() <= 2.0**-16 * precise.abs()).all()
         assert not torch.equal(precise, precise.bfloat16().float())
+
+
+def _freeze(model: Any) -> None:
+    for param in model.parameters():
+        param.requires_grad = False
+
+
+def _with_a_frozen_stage(
+    folder: Path, frozen_stage: int, save_as: str, load: bool = False
+) -> tuple[dict[str, Any], str]:
+    import checkpoints
+    import tiny_gpt
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(1, 2)
+    frozen = parallel_state.get_pipeline_model_parallel_rank() == frozen_stage
+    trainer = tiny_gpt.build(
+        tiny_gpt.Setup(prepare_model=_freeze if frozen else None, pp=2, tied=False)
+    )
+    if load:
+        checkpoints.load(trainer, folder)
+        return checkpoints.everything(trainer), ""
+    if frozen_stage == 1:  # without a loss that has a gradient; any state will do
+        for member in trainer.optimizer.chained_optimizers:
+            for shard in member.optimizer.shards:
+                for name, tensor in shard.state():
+                    tensor.fill_(len(name))
+    else:
+        trainer.train(2)
+    try:
+        checkpoints.save(trainer, folder, save_as)
+    except ValueError as problem:
+        return checkpoints.everything(trainer), str(problem)
+    return checkpoints.everything(trainer), ""
+
+
+@pytest.mark.parametrize("frozen_stage", [0, 1])
+def test_frozen_stage_saves_and_loads_with_the_others(frozen_stage: int, tmp_path: Path) -> None:
+    saved = run_ranks(2, _with_a_frozen_stage, tmp_path, frozen_stage, "dp_reshardable")
+    assert [bool(rank["state"]) for rank, _ in saved] == [frozen_stage == 1, frozen_stage == 0]
+    loaded = run_ranks(2, _with_a_frozen_stage, tmp_path, frozen_stage, "dp_reshardable", load=True)
+    for (ours, _), (theirs, _) in zip(loaded, saved, strict=True):
+        assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("frozen_stage", [0, 1])
+def test_layers_of_one_tensor_that_are_partly_frozen_are_refused_by_key(
+    frozen_stage: int, tmp_path: Path
+) -> None:
+    for _, error in run_ranks(2, _with_a_frozen_stage, tmp_path, frozen_stage, "fully_reshardable"):
+        assert "elements of decoder.layers." in error and "Save with dp_reshardable" in error

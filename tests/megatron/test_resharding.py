@@ -44,8 +44,9 @@ CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (2, {**DENSE}),
     ],
     "tensor parallel 4": [
+        (1, {"hidden": 128, "layers": 1}),
         (4, {"tp": 4, "hidden": 128, "layers": 1}),
-        (2, {"hidden": 128, "layers": 1}),
+        (2, {"tp": 2, "hidden": 128, "layers": 1}),
         (4, {"tp": 4, "hidden": 128, "layers": 1}),
     ],
     "experts": [
