@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_flashoptim.checkpoint.loading import Loading, saved_state_dict
 from megatron_flashoptim.codec.spec import GROUP_SIZE
-from megatron_flashoptim.optim.shard import GROUP_STATE, BucketShard
+from megatron_flashoptim.optim.shard import CORRECTION, GROUP_STATE, BucketShard
 
 
 @dataclass(frozen=True)
@@ -38,44 +38,52 @@ class BucketSpace:
     dp_group_index: int
     instance: int
 
-    def sharded_state(self) -> dict[str, Any]:
-        """Return sharded tensors on the live state, for saving and for loading.
+    def saving(self) -> dict[str, object]:
+        """Return the sharded state dict to save."""
+        return saved_state_dict([sharded for _, sharded in self._sharded()])
+
+    def loading(self, saved_bits: int) -> dict[str, object]:
+        """Return the sharded state dict to load, see ``loading.finish``.
+
+        Args:
+            saved_bits: master bits of the checkpoint.
+        """
+        loading = Loading()
+        for name, sharded in self._sharded():
+            if name == CORRECTION:
+                loading.read_correction(sharded, saved_bits)
+            else:
+                loading.read(sharded)
+        return loading.state_dict()
+
+    def _sharded(self) -> Iterator[tuple[str, ShardedTensor]]:
+        """Yield name and sharded tensor of the live state.
 
         Keys follow Megatron's:
         ``optimizer.distributed.dp_group_idx_I.gbuf_idx_J.bucket_idx_K.NAME``.
         """
         prefix = f"optimizer.distributed.dp_group_idx_{self.dp_group_index}"
-        buckets: dict[str, dict[str, ShardedTensor]] = {}
         for name, bucket, shard in self._buckets():
             unpadded = -(-bucket.numel_unpadded // GROUP_SIZE) * GROUP_SIZE
-            buckets[name] = {}
             for state_name, tensor in shard.state():
                 total = unpadded // (GROUP_SIZE if state_name in GROUP_STATE else 1)
                 start = self.dp_rank * tensor.numel()
                 length = max(0, min(tensor.numel(), total - start))
                 if length == 0:
                     continue  # this rank's slice is padding at the bucket's end
-                buckets[name][state_name] = ShardedTensor(
-                    f"{prefix}.{name}.{state_name}",
-                    tensor[:length],
-                    tensor.dtype,
-                    (length,),
-                    (total,),
-                    (start,),
-                    axis_fragmentations=None,
-                    replica_id=(self.instance, 0, 0),
+                yield (
+                    state_name,
+                    ShardedTensor(
+                        f"{prefix}.{name}.{state_name}",
+                        tensor[:length],
+                        tensor.dtype,
+                        (length,),
+                        (total,),
+                        (start,),
+                        axis_fragmentations=None,
+                        replica_id=(self.instance, 0, 0),
+                    ),
                 )
-        return buckets
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        """Copy loaded bucket state into the shards."""
-        for name, _, shard in self._buckets():
-            loaded = state.get(name, {})
-            for state_name, tensor in shard.state():
-                if state_name in loaded:
-                    source = loaded[state_name]
-                    tensor[: source.numel()].copy_(source)
 
     def _buckets(self) -> Iterator[tuple[str, Any, BucketShard]]:
         buckets = (

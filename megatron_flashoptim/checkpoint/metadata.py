@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
+from megatron_flashoptim.checkpoint.conversion import can_convert_correction
 from megatron_flashoptim.codec.spec import FORMAT_VERSION, GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
 
@@ -14,36 +15,53 @@ from megatron_flashoptim.optim.config import FlashOptimConfig
 KEY = "flashoptim"
 
 SHARDING_TYPE = "distrib_optim_sharding_type"
-SUPPORTED_SHARDING_TYPES = ("dp_reshardable",)
-ONLY_BUCKET_SPACE = (
-    "flash optimizer state is saved and loaded through torch_dist checkpoints in dp_reshardable "
-    "only; use --ckpt-format torch_dist, Megatron's default"
-)
+DP_RESHARDABLE = "dp_reshardable"
+FULLY_RESHARDABLE = "fully_reshardable"
+SUPPORTED_SHARDING_TYPES = (DP_RESHARDABLE, FULLY_RESHARDABLE)
+
+# Fields of FlashOptimConfig that the stored format depends on, each with the value of checkpoints
+# older than the field.
+_FORMAT_FIELDS: dict[str, Any] = {
+    "optimizer": "flash_adamw",
+    "master_bits": 24,
+    "exp_avg_sq_code": "sqrt",
+}
+# Fields whose saved value (first) is converted to the run's (second) on load where this is true.
+_CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {"master_bits": can_convert_correction}
+
+BUCKETS = "buckets"
+PER_ELEMENT_SCALES = "per_element_scales"
 
 
-def describe(flash: FlashOptimConfig, spaces: Sequence[BucketSpace] = ()) -> dict[str, Any]:
-    """Return the plain dict that is stored: formats, optimizer, rounding seed and buckets.
+def describe(flash: FlashOptimConfig, weights: str) -> dict[str, Any]:
+    """Return the plain dict that is stored: version, formats, optimizer, rounding seed.
 
     Args:
         flash: the configuration in force.
-        spaces: bucket spaces of the chained optimizers on this rank; their layout is what
-            ``dp_reshardable`` depends on. Global rank 0's are stored.
+        weights: dtype of the model weights, ``"bfloat16"`` or ``"float32"``: whether they are the
+            high part of the master or all of it.
     """
-    description: dict[str, Any] = {
+    return {
         "version": FORMAT_VERSION,
-        "optimizer": flash.optimizer,
         "group_size": GROUP_SIZE,
-        "master_bits": flash.master_bits,
-        "exp_avg_sq_code": flash.exp_avg_sq_code,
+        "weights": weights,
+        **{name: getattr(flash, name) for name in _FORMAT_FIELDS},
         "seed": flash.seed,
     }
-    if spaces:
-        description["buckets"] = [space.layout() for space in spaces]
-    return description
 
 
-def check(saved: dict[str, Any] | None, flash: FlashOptimConfig) -> None:
-    """Refuse optimizer state that this run cannot read as it is.
+def describe_buckets(spaces: Iterable[BucketSpace]) -> dict[str, Any]:
+    """Return what ``dp_reshardable`` depends on: the buckets of global rank 0."""
+    return {BUCKETS: [space.layout() for space in spaces]}
+
+
+def describe_groups(per_element: Iterable[str]) -> dict[str, Any]:
+    """Return what ``fully_reshardable`` depends on: keys with scales per element."""
+    return {PER_ELEMENT_SCALES: sorted(per_element)}
+
+
+def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -> None:
+    """Refuse optimizer state that this run can neither read nor convert.
 
     Raises:
         ValueError: names what the checkpoint holds and what this run wants.
@@ -53,18 +71,23 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig) -> None:
             "the checkpoint holds no flash optimizer state (it was written by another optimizer). "
             "Load the weights alone with --no-load-optim --no-load-rng, or --finetune"
         )
+    if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
+        raise ValueError(f"the checkpoint's {KEY} metadata has no version: {saved!r}")
     if saved["version"] > FORMAT_VERSION:
         raise ValueError(
             f"the checkpoint has flash format version {saved['version']}, this release reads up "
             f"to {FORMAT_VERSION}; upgrade megatron-flashoptim"
         )
-    wanted = describe(flash)
-    for name in ("optimizer", "group_size", "master_bits", "exp_avg_sq_code"):
-        if saved[name] != wanted[name]:
-            raise ValueError(
-                f"the checkpoint was saved with {name} {saved[name]}, this run has "
-                f"{wanted[name]}; use the same value, or --no-load-optim"
-            )
+    wanted = describe(flash, weights)
+    for name in ("group_size", "weights", *_FORMAT_FIELDS):
+        theirs = saved.get(name, _FORMAT_FIELDS.get(name))
+        converts = _CONVERTIBLE.get(name)
+        if theirs == wanted[name] or (converts and converts(theirs, wanted[name])):
+            continue
+        raise ValueError(
+            f"the checkpoint was saved with {name} {theirs}, this run has {wanted[name]}; use "
+            "the same value, or --no-load-optim"
+        )
 
 
 def check_sharding_type(content: dict[str, Any] | None) -> None:
@@ -90,13 +113,38 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
     if any(space.dp_group_index != 0 for space in spaces):
         return  # the checkpoint describes the buckets of the first model-parallel rank
     layout = [space.layout() for space in spaces]
-    if saved["buckets"] != layout:
+    if saved.get(BUCKETS) != layout:
         raise ValueError(
-            f"the checkpoint was saved with buckets of {saved['buckets']} elements, this run has "
+            f"the checkpoint was saved with buckets of {saved.get(BUCKETS)} elements, this run has "
             f"{layout}: dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
             "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it (by default the "
-            "bucket size grows with data-parallel sizes above 40; give the saved run's)"
+            "bucket size grows with data-parallel sizes above 40; give the saved run's). "
+            "Checkpoints saved with --dist-ckpt-optim-fully-reshardable load anywhere"
         )
+
+
+def check_covered(ranks: Iterable[dict[str, tuple[int, int]]]) -> None:
+    """Refuse to save tensors of which the ranks together have a part of the state only.
+
+    Args:
+        ranks: elements saved and all elements of each model key, of each rank and optimizer.
+
+    Raises:
+        ValueError: names the tensor and the format that can be used.
+    """
+    saved: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for rank in ranks:
+        for key, (numel, whole) in rank.items():
+            saved[key] = saved.get(key, 0) + numel
+            total[key] = whole
+    for key, whole in total.items():
+        if saved[key] != whole:
+            raise ValueError(
+                f"{saved[key]} of the {whole} elements of {key} have optimizer state: Megatron "
+                "keeps layers of one kind in one tensor, and some of them are frozen. Save with "
+                "dp_reshardable (without --dist-ckpt-optim-fully-reshardable)"
+            )
 
 
 def with_saved_seed(flash: FlashOptimConfig, saved: dict[str, Any]) -> FlashOptimConfig:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     "megatron-core builds optimizers in a way megatron-flashoptim does not know"
                 )
         super().__init__(chained_optimizers)
+        self._per_element: set[str] | None = None
 
     @torch.no_grad()
     def step(self) -> tuple[bool, torch.Tensor | None, int | None]:
@@ -113,14 +115,68 @@ class FlashChainedOptimizer(ChainedOptimizer):
         content = kwargs.get("metadata")
         metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        if content is not None and members:
-            spaces = [member.bucket_space() for member in members]
+        if members:
+            assert content is not None  # it has a sharding type
             if is_loading:
-                metadata.check(content.get(metadata.KEY), members[0].flash)
-                metadata.check_buckets(content[metadata.KEY], spaces)
+                self._check(content, members)
             else:
-                content[metadata.KEY] = metadata.describe(members[0].flash, spaces)
-        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+                content[metadata.KEY] = self._describe(content, members, model_sharded_state_dict)
+        if (
+            content is None
+            or not members
+            or content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE
+        ):
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        return _merged(
+            [m.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs) for m in members]
+        )
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load what ``sharded_state_dict`` or ``state_dict`` of such a chain became.
+
+        Raises:
+            ValueError: the state is of another optimizer or format, or has other param groups.
+        """
+        if not isinstance(state_dict, dict) or _MERGED not in state_dict:
+            super().load_state_dict(state_dict)
+            return
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        for number, member in enumerate(members):
+            param_state = state_dict[_PARAM_STATE][str(number)]
+            member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
+
+    def _check(self, content: dict[str, Any], members: list[FlashDistributedOptimizer]) -> None:
+        saved = content.get(metadata.KEY)
+        metadata.check(saved, members[0].flash, members[0].weights_dtype())
+        if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
+            metadata.check_buckets(content[metadata.KEY], [m.bucket_space() for m in members])
+
+    def _describe(
+        self,
+        content: dict[str, Any],
+        members: list[FlashDistributedOptimizer],
+        model_sharded_state_dict: Any,
+    ) -> dict[str, Any]:
+        """Return the description of the state to save, the same on all ranks but for buckets."""
+        described = metadata.describe(members[0].flash, members[0].weights_dtype())
+        if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
+            return described | metadata.describe_buckets(m.bucket_space() for m in members)
+        if self._per_element is None:
+            spaces = [member.model_space(model_sharded_state_dict) for member in members]
+            self._per_element = self._agree(spaces)
+        return described | metadata.describe_groups(self._per_element)
+
+    def _agree(self, spaces: list[ModelSpace]) -> set[str]:
+        """Return the keys with broken groups on any rank, a collective of all ranks.
+
+        Raises:
+            ValueError: a tensor's state would be incomplete; on all ranks.
+        """
+        local = [(space.keys_with_broken_groups(), space.covered()) for space in spaces]
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, local)
+        metadata.check_covered(covered for rank in gathered for _, covered in rank)
+        return {key for rank in gathered for keys, _ in rank for key in keys}
 
     def state_bytes(self) -> int:
         """Return the bytes of optimizer state on this rank."""
@@ -152,3 +208,20 @@ class FlashChainedOptimizer(ChainedOptimizer):
             f"parameter, {flash.master_bits}-bit masters ({flash.master_rounding} rounding), "
             f"second moment rounded {flash.resolve_rounding(beta2)}, {launches} launches per step"
         )
+
+
+# How many members a chain has depends on the layout: experts have one of their own only with
+# expert parallelism. So all members' groups are saved as those of one, marked by this key.
+_MERGED = "flashoptim_merged"
+_PARAM_STATE = "param_state"
+
+
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the state dicts of a chain's members as one, parameter state side by side."""
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
+    return {
+        **states[0],
+        _MERGED: True,
+        "optimizer": {"param_groups": groups},
+        _PARAM_STATE: {str(number): state[_PARAM_STATE] for number, state in enumerate(states)},
+    }

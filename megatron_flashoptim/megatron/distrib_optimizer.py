@@ -19,7 +19,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     GRAD_NORM_GROUP_ATTR,
     SEPARATE_GRAD_NORM_GROUPS,
-    MegatronOptimizer,
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_layout import FullParamLayout
@@ -29,10 +28,8 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_flashoptim.checkpoint import metadata
-from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
-from megatron_flashoptim.codec import split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.megatron.checkpointing import FlashCheckpointing
 from megatron_flashoptim.megatron.grad_stats import GradRuns, ShardParam
 from megatron_flashoptim.megatron.layout import check_group_alignment, compute_group_aligned_layout
 from megatron_flashoptim.megatron.support import check_configs
@@ -40,7 +37,7 @@ from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimi
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
 
-class FlashDistributedOptimizer(DistributedOptimizer):
+class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
     """Data-parallel sharded AdamW that keeps 3.125 bytes of state per owned parameter.
 
     Takes the arguments of Megatron's ``DistributedOptimizer``; ``optimizer`` is used for its
@@ -352,92 +349,9 @@ class FlashDistributedOptimizer(DistributedOptimizer):
             return
         source_of = self._build_model_param_to_state_dict_param_map(state_dict)
         for item in self.shard_params:
-            shard = self.optimizer.shards[item.shard]
-            elements = slice(item.start, item.end)
             numel = item.end - item.start
             source = source_of[item.param].reshape(-1)[item.param_start : item.param_start + numel]
-            source = source.to(device=shard.param.device, dtype=torch.float32)
-            if shard.correction is None:
-                shard.param[elements].copy_(source)
-                continue
-            high, correction = split_master(source, bits=shard.master_bits)
-            shard.param[elements].copy_(high)
-            shard.correction[elements].copy_(correction)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return param groups (without parameters), rounding seed and grad scaler state."""
-        if self.is_stub_optimizer:
-            return {}
-        groups = self.optimizer.plain_param_groups()
-        state: dict[str, Any] = {
-            "optimizer": {"param_groups": groups},
-            metadata.KEY: metadata.describe(self.flash),
-        }
-        if self.grad_scaler:
-            state["grad_scaler"] = self.grad_scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load param groups, matched by Megatron's identifier keys, and the parameter state.
-
-        Raises:
-            ValueError: the checkpoint is of another optimizer or format, or has other groups.
-        """
-        if self.is_stub_optimizer:
-            return
-        metadata.check(state_dict.get(metadata.KEY), self.flash)
-        saved = [{**group, "params": []} for group in state_dict["optimizer"]["param_groups"]]
-        current = self.optimizer.param_groups
-        if len(saved) != len(current):
-            raise ValueError(
-                f"the checkpoint has {len(saved)} param groups, this run has {len(current)}: "
-                "weight decay or learning-rate overrides differ"
-            )
-        matched = MegatronOptimizer._filter_and_reorder_param_groups(current, saved)
-        self.optimizer.load_param_groups(
-            [{key: value for key, value in group.items() if key != "params"} for group in matched]
-        )
-        self.flash = metadata.with_saved_seed(self.flash, state_dict[metadata.KEY])
-        self.optimizer.flash = self.flash
-        if self.grad_scaler and "grad_scaler" in state_dict:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        if "param_state" in state_dict:
-            self.bucket_space().load(state_dict["param_state"])
-
-    def bucket_space(self) -> BucketSpace:
-        """Return this rank's buckets as a checkpoint sees them."""
-        return BucketSpace(
-            self.buffers,
-            self.optimizer.shards,
-            dp_rank=self.data_parallel_group.rank(),
-            dp_group_index=self.data_parallel_group_idx,
-            instance=self.distributed_optimizer_instance_id,
-        )
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return Megatron's sharded state dict with our parameter state in it.
-
-        Raises:
-            ValueError: a sharding type that is not supported.
-        """
-        metadata.check_sharding_type(kwargs.get("metadata"))
-        return {} if self.is_stub_optimizer else super().sharded_state_dict(*args, **kwargs)
-
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse the formats that gather fp32 state on one rank.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(metadata.ONLY_BUCKET_SPACE)
-
-    def load_parameter_state_from_dp_zero(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse the formats that scatter fp32 state from one rank.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(metadata.ONLY_BUCKET_SPACE)
+            self._set_master(item, source.to(device=item.param.device, dtype=torch.float32))
 
     def offload_to_cpu(self) -> None:
         """Refuse to move the state: shards are views of buffers that stay on the GPU.
@@ -454,15 +368,6 @@ class FlashDistributedOptimizer(DistributedOptimizer):
             NotImplementedError: always.
         """
         raise NotImplementedError("flash optimizer state cannot be offloaded to the CPU yet")
-
-    def sharded_param_state_dp_reshardable(
-        self,
-        model_sharded_state_dict: Any,
-        is_loading: bool = False,
-        metadata: dict[str, Any] | None = None,
-    ) -> Any:
-        """Return the flat bucket tensors as sharded tensors, see ``checkpoint.bucket_space``."""
-        return self.bucket_space().sharded_state()
 
 
 def _shard_of_bucket(

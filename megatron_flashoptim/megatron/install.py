@@ -2,10 +2,11 @@
 
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, ``DistributedOptimizer.compute_full_param_layout`` (shards of whole
-quantization groups) and ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash
-optimizer was asked for). All do what Megatron does unless ``--optimizer`` names a flash optimizer.
-The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too, but only while a
-flash optimizer is being built (``megatron.factory``).
+quantization groups), ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash
+optimizer was asked for) and ``dist_checkpointing.load`` (names damaged files). All do what Megatron
+does unless ``--optimizer`` names a flash optimizer. The name ``DistributedOptimizer`` in
+``megatron.core.optimizer`` is bound too, but only while a flash optimizer is being built
+(``megatron.factory``).
 """
 
 from __future__ import annotations
@@ -134,6 +135,17 @@ def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute_full_param_layout
 
 
+def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if _selected() is not None:
+            from megatron_flashoptim.checkpoint.damage import check_files_together
+
+            check_files_together(checkpoint_dir)
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    return load
+
+
 BINDINGS = (
     Binding("megatron.training.arguments", "add_megatron_arguments", _wrap_arguments),
     Binding("megatron.training.training", "get_megatron_optimizer", _wrap_optimizer),
@@ -148,6 +160,7 @@ BINDINGS = (
         "DistributedOptimizer.__init__",
         _wrap_init,
     ),
+    Binding("megatron.core.dist_checkpointing", "load", _wrap_load),
 )
 # Looked up by name while an optimizer is built; checked here so that install() is the one place
 # that fails.

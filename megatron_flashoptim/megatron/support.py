@@ -32,6 +32,8 @@ def _is_set(value: Any) -> bool:
     return bool(value)
 
 
+_CHECKPOINT_FORMATS = ("torch_dist", "torch")
+
 RULES = (
     Rule(
         "use_distributed_optimizer",
@@ -100,12 +102,6 @@ RULES = (
         "flash_adamw decays weights apart from the gradient; drop the flag",
     ),
     Rule(
-        "dist_ckpt_optim_fully_reshardable",
-        _is_set,
-        "--dist-ckpt-optim-fully-reshardable",
-        "flash state is saved in the dp_reshardable format so far; drop the flag",
-    ),
-    Rule(
         "qk_clip",
         _is_set,
         "--qk-clip",
@@ -122,19 +118,14 @@ RULES = (
         "overlap_param_gather_with_optimizer_step",
         _is_set,
         "--overlap-param-gather-with-optimizer-step",
-        "Megatron allows it with legacy checkpoints only, which flash state has not; drop the flag",
-    ),
-    Rule(
-        "ckpt_convert_format",
-        lambda value: value not in (None, "torch_dist"),
-        "--ckpt-convert-format other than torch_dist",
-        "flash state is saved through torch_dist so far; drop the flag",
+        "it steps the first model chunk apart from the others, which is not tested with flash "
+        "state; drop the flag",
     ),
     Rule(
         "ckpt_format",
-        lambda value: value != "torch_dist",
-        "--ckpt-format other than torch_dist",
-        "flash state is saved through torch_dist so far; use --ckpt-format torch_dist",
+        lambda value: value not in _CHECKPOINT_FORMATS,
+        "--ckpt-format other than torch_dist or torch",
+        "flash state is not mapped to the others; use one of these",
     ),
     Rule(
         "yaml_cfg",

@@ -1,90 +1,40 @@
-"""Checkpoints in ``torch_dist``, ``dp_reshardable``: small, bitwise, refused when foreign."""
+"""Checkpoints in every format: small, resumed bitwise, refused when foreign."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_state import assert_same_state
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
 
-METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def _save(trainer: Any, folder: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    trainer.sync_params()
-    metadata = dict(METADATA)
-    model = trainer.model[0].module.sharded_state_dict()
-    state = {
-        "model": model,
-        "optimizer": trainer.optimizer.sharded_state_dict(model, metadata=metadata),
-        "step_number": trainer.step_number,
-    }
-    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
-
-
-def _load(trainer: Any, folder: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    metadata = dist_checkpointing.load_content_metadata(str(folder))
-    model = trainer.model[0].module.sharded_state_dict()
-    state = {
-        "model": model,
-        "optimizer": trainer.optimizer.sharded_state_dict(
-            model, is_loading=True, metadata=metadata
-        ),
-        "step_number": 0,
-    }
-    loaded = dist_checkpointing.load(state, str(folder))
-    trainer.model[0].module.load_state_dict(loaded["model"])
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
-    trainer.step_number = loaded["step_number"]
-
-
-def _everything(trainer: Any) -> dict[str, Any]:
-    state = {
-        f"{m}.{s}.{name}": tensor.clone()
-        for m, member in enumerate(trainer.optimizer.chained_optimizers)
-        for s, shard in enumerate(member.optimizer.shards)
-        for name, tensor in shard.state()
-    }
-    groups = [
-        {k: v for k, v in group.items() if k != "params"}
-        for group in trainer.optimizer.param_groups
-    ]
-    return {"weights": trainer.weights(), "state": state, "groups": groups}
-
 
 def _train(
-    steps: int, load: Path | None = None, save: Path | None = None, **options: Any
+    steps: int,
+    load: Path | None = None,
+    save: Path | None = None,
+    save_as: str = "dp_reshardable",
+    parallel: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
+    import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     if load is not None:
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.5  # must come from the checkpoint
-        _load(trainer, load)
+        checkpoints.load(trainer, load, parallel=parallel)
     losses = trainer.train(steps)
     if save is not None:
-        _save(trainer, save)
-    return {**_everything(trainer), "losses": losses}
-
-
-def _assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours["groups"] == theirs["groups"]
-    for kind in ("weights", "state"):
-        assert ours[kind].keys() == theirs[kind].keys()
-        for key, tensor in ours[kind].items():
-            other = theirs[kind][key]
-            assert tensor.dtype == other.dtype, key
-            same = torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
-            assert same, (key, (tensor.float() != other.float()).sum())
+        checkpoints.save(trainer, save, save_as, parallel=parallel)
+    return {**checkpoints.everything(trainer), "losses": losses}
 
 
 STOCHASTIC = FlashOptimConfig(rounding="stochastic", master_rounding="stochastic", seed=7)
@@ -110,17 +60,32 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_resume_in_fresh_processes_is_bitwise(case: str, tmp_path: Path) -> None:
+@cache
+def _whole(case: str) -> list[Any]:
     world_size, options = CASES[case]
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    whole = run_ranks(world_size, _train, 6, **options)
-    first = run_ranks(world_size, _train, 3, save=folder, **options)
-    second = run_ranks(world_size, _train, 3, load=folder, **options)
+    return run_ranks(world_size, _train, 6, **options)
+
+
+def _cases() -> Iterator[tuple[str, str]]:
+    yield from (("dp_reshardable", case) for case in CASES)
+    yield from (("fully_reshardable", case) for case in CASES)
+    layouts = ("data parallel", "tensor parallel", "pipeline parallel", "experts")
+    overlap = "overlap, several buckets with padding"
+    yield from (("torch", case) for case in (*layouts, overlap, "32-bit masters", "fp32 model"))
+    yield "fully_reshardable, memory efficient", overlap
+
+
+@pytest.mark.parametrize(("save_as", "case"), sorted(_cases(), key=lambda pair: pair[1]))
+def test_resume_in_fresh_processes_is_bitwise(save_as: str, case: str, tmp_path: Path) -> None:
+    world_size, options = CASES[case]
+    whole = _whole(case)
+    # With Megatron's fully parallel save and load in every other case.
+    options = {**options, "parallel": len(case) % 2 == 0}
+    first = run_ranks(world_size, _train, 3, save=tmp_path, save_as=save_as, **options)
+    second = run_ranks(world_size, _train, 3, load=tmp_path, **options)
     for rank in range(world_size):
         assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
-        _assert_same_bits(second[rank], whole[rank])
+        assert_same_state(second[rank], whole[rank])
 
 
 def test_rounding_seed_comes_from_the_checkpoint(tmp_path: Path) -> None:
@@ -129,7 +94,7 @@ def test_rounding_seed_comes_from_the_checkpoint(tmp_path: Path) -> None:
     run_ranks(1, _train, 2, save=tmp_path, flash=saved)
     other = FlashOptimConfig(rounding="stochastic", seed=2)
     resumed = run_ranks(1, _train, 2, load=tmp_path, flash=other)
-    _assert_same_bits(resumed[0], whole[0])
+    assert_same_state(resumed[0], whole[0])
     fresh = run_ranks(1, _train, 4, flash=other)
     assert not torch.equal(
         fresh[0]["state"]["0.0.exp_avg_sq"], whole[0]["state"]["0.0.exp_avg_sq"]
@@ -151,52 +116,53 @@ def test_data_parallel_size_may_change_in_dp_reshardable(tmp_path: Path) -> None
         assert not any(tensor[length:].any() for tensor in joined), "padding holds no state"
 
 
-def _bytes_saved(folder: Path) -> int:
+def _bytes_saved(folder: Path, save_as: str) -> int:
+    import checkpoints
     import tiny_gpt
 
-    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=256, layers=2))
+    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=512, layers=2))
     trainer.train(1)
-    _save(trainer, folder)
+    checkpoints.save(trainer, folder, save_as)
     return sum(param.numel() for param in trainer.model[0].parameters())
 
 
-def test_weights_and_state_take_5_2_bytes_per_parameter_on_disk(tmp_path: Path) -> None:
-    (numel, _) = run_ranks(2, _bytes_saved, tmp_path)
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable"])
+def test_weights_and_state_take_5_2_bytes_per_parameter_on_disk(
+    save_as: str, tmp_path: Path
+) -> None:
+    (numel, _) = run_ranks(2, _bytes_saved, tmp_path, save_as)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert 5.125 * numel < size < 5.2 * numel
 
 
 def _load_error(folder: Path, **options: Any) -> str:
+    import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     try:
-        _load(trainer, folder)
+        checkpoints.load(trainer, folder)
     except ValueError as problem:
         return str(problem)
     return ""
 
 
-def _save_stock(folder: Path) -> None:
+def _save_stock(folder: Path, save_as: str) -> None:
+    import checkpoints
     import tiny_gpt
     from exact_adamw import use_as_megatrons_adam
 
     use_as_megatrons_adam()
     trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None))
     trainer.train(1)
-    _save(trainer, folder)
+    checkpoints.save(trainer, folder, save_as)
 
 
-def test_stock_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
-    run_ranks(1, _save_stock, tmp_path)
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable", "torch"])
+def test_stock_checkpoint_is_refused_by_name(save_as: str, tmp_path: Path) -> None:
+    run_ranks(1, _save_stock, tmp_path, save_as)
     (message,) = run_ranks(1, _load_error, tmp_path)
     assert "holds no flash optimizer state" in message and "--no-load-optim" in message
-
-
-def test_other_master_bits_are_refused_naming_both_sides(tmp_path: Path) -> None:
-    run_ranks(1, _train, 1, save=tmp_path)
-    (message,) = run_ranks(1, _load_error, tmp_path, flash=FlashOptimConfig(master_bits=32))
-    assert "master_bits 24" in message and "32" in message
 
 
 def test_other_buckets_are_refused_naming_both_sides(tmp_path: Path) -> None:
@@ -230,7 +196,7 @@ def _unsupported_type() -> str:
     trainer = tiny_gpt.build(tiny_gpt.Setup())
     try:
         trainer.optimizer.sharded_state_dict(
-            {}, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+            {}, metadata={"distrib_optim_sharding_type": "fully_sharded_model_space"}
         )
     except ValueError as problem:
         return str(problem)
@@ -239,7 +205,8 @@ def _unsupported_type() -> str:
 
 def test_unsupported_sharding_type_is_refused_by_name() -> None:
     (message,) = run_ranks(1, _unsupported_type)
-    assert "'fully_reshardable'" in message and "dp_reshardable" in message
+    assert "'fully_sharded_model_space'" in message
+    assert "dp_reshardable, fully_reshardable" in message
 
 
 def _model_only() -> tuple[bool, Any, Any]:
@@ -288,3 +255,55 @@ def test_masters_are_split_from_a_higher_precision_state_dict() -> None:
     for masters, precise in run_ranks(2, _from_state_dict):
         assert ((masters - precise).abs() <= 2.0**-16 * precise.abs()).all()
         assert not torch.equal(precise, precise.bfloat16().float())
+
+
+def _freeze(model: Any) -> None:
+    for param in model.parameters():
+        param.requires_grad = False
+
+
+def _with_a_frozen_stage(
+    folder: Path, frozen_stage: int, save_as: str, load: bool = False
+) -> tuple[dict[str, Any], str]:
+    import checkpoints
+    import tiny_gpt
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(1, 2)
+    frozen = parallel_state.get_pipeline_model_parallel_rank() == frozen_stage
+    trainer = tiny_gpt.build(
+        tiny_gpt.Setup(prepare_model=_freeze if frozen else None, pp=2, tied=False)
+    )
+    if load:
+        checkpoints.load(trainer, folder)
+        return checkpoints.everything(trainer), ""
+    if frozen_stage == 1:  # without a loss that has a gradient; any state will do
+        for member in trainer.optimizer.chained_optimizers:
+            for item in member.shard_params:  # not the padding, which no checkpoint holds
+                for name, tensor in member.optimizer.shards[item.shard].state():
+                    step = 32 if name.endswith("scale") else 1
+                    tensor[item.start // step : item.end // step].fill_(len(name))
+    else:
+        trainer.train(2)
+    try:
+        checkpoints.save(trainer, folder, save_as)
+    except ValueError as problem:
+        return checkpoints.everything(trainer), str(problem)
+    return checkpoints.everything(trainer), ""
+
+
+@pytest.mark.parametrize("frozen_stage", [0, 1])
+def test_frozen_stage_saves_and_loads_with_the_others(frozen_stage: int, tmp_path: Path) -> None:
+    saved = run_ranks(2, _with_a_frozen_stage, tmp_path, frozen_stage, "dp_reshardable")
+    assert [bool(rank["state"]) for rank, _ in saved] == [frozen_stage == 1, frozen_stage == 0]
+    loaded = run_ranks(2, _with_a_frozen_stage, tmp_path, frozen_stage, "dp_reshardable", load=True)
+    for (ours, _), (theirs, _) in zip(loaded, saved, strict=True):
+        assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("frozen_stage", [0, 1])
+def test_layers_of_one_tensor_that_are_partly_frozen_are_refused_by_key(
+    frozen_stage: int, tmp_path: Path
+) -> None:
+    for _, error in run_ranks(2, _with_a_frozen_stage, tmp_path, frozen_stage, "fully_reshardable"):
+        assert "elements of decoder.layers." in error and "Save with dp_reshardable" in error

@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 
 from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, join_master
+from megatron_flashoptim.kernels import columns
 
 # Relative to the master: half a quantum of a 24-bit pattern, which keeps 15 mantissa bits.
 MASTER_BOUND = 2.0**-16 + 2.0**-22

@@ -46,6 +46,9 @@ class Setup:
     instances: int = 1
     layers: int = 2
     hidden: int = 64
+    vocab: int = VOCAB
+    swiglu: bool = False
+    query_groups: int | None = None
     tied: bool = True
     experts: int | None = None
     bf16: bool = True
@@ -146,6 +149,9 @@ def build(setup: Setup) -> Trainer:
         moe_token_dispatcher_type="alltoall" if setup.experts else "allgather",
         moe_router_pre_softmax=bool(setup.experts),
         add_bias_linear=not setup.experts,
+        num_query_groups=setup.query_groups,
+        gated_linear_unit=setup.swiglu,
+        activation_func=torch.nn.functional.silu if setup.swiglu else torch.nn.functional.gelu,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -156,7 +162,7 @@ def build(setup: Setup) -> Trainer:
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(num_experts=setup.experts),
-        vocab_size=VOCAB,
+        vocab_size=setup.vocab,
         max_sequence_length=SEQUENCE,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -1,0 +1,53 @@
+"""Param groups of a checkpoint, matched to those of the run.
+
+Megatron identifies groups by their options, not by their order. Whether expert parameters have
+groups of their own depends on the expert parallel size, so that a group whose only difference is
+``is_expert_parallel`` is taken where no group is alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+_EXPERTS = "is_expert_parallel"
+
+Group = dict[str, Any]
+
+
+def match(current: Sequence[Group], saved: Sequence[Group]) -> list[Group]:
+    """Return the checkpoint's group for each group of the run.
+
+    Raises:
+        ValueError: a group of the run has no counterpart; names its options and those there are.
+    """
+    exact = {_identifier(group): group for group in saved}
+    apart_from_experts = {_identifier(group, without=_EXPERTS): group for group in reversed(saved)}
+    found = []
+    for group in current:
+        same = exact.get(_identifier(group))
+        if same is None:
+            same = apart_from_experts.get(_identifier(group, without=_EXPERTS))
+        if same is None:
+            raise ValueError(
+                f"no param group of the checkpoint is like {_named(group)}; it has "
+                f"{[_named(other) for other in saved]}: weight decay or learning-rate overrides "
+                "differ from the run that saved it"
+            )
+        found.append(same)
+    return found
+
+
+def _named(group: Group, without: str | None = None) -> dict[str, Any]:
+    # NeMo calls lr_mult and wd_mult pre_lr_mult and pre_wd_mult.
+    return {
+        key: group.get(key, group.get(f"pre_{key}"))
+        for key in param_group_identifier_keys
+        if key != without
+    }
+
+
+def _identifier(group: Group, without: str | None = None) -> tuple[Any, ...]:
+    return tuple(_named(group, without).values())

@@ -1,0 +1,253 @@
+"""FlashCheckpointing: how a flash distributed optimizer saves and loads, in each format.
+
+``torch_dist`` checkpoints map the state into Megatron's sharded state dict, as flat buckets
+(``dp_reshardable``) or in the parameters' shapes (``fully_reshardable``). The legacy ``torch``
+format goes through the base class, which gathers and scatters fp32 tensors; decoding and encoding
+them is the identity on the state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+from megatron_flashoptim.checkpoint import loading, param_groups
+from megatron_flashoptim.checkpoint import metadata as flash_metadata
+from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
+from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.model_space import ModelSpace, OwnedRange
+from megatron_flashoptim.checkpoint.pieces import pieces_of
+from megatron_flashoptim.codec import join_master, split_master
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.megatron.grad_stats import ShardParam
+from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as _Base
+else:
+    _Base = object
+
+# Megatron's name of the master weight in the legacy format.
+_PARAM = "param"
+
+
+class FlashCheckpointing(_Base):
+    """Checkpoint methods of ``FlashDistributedOptimizer``, in front of Megatron's own.
+
+    Attributes:
+        flash: the configuration in force.
+        shard_params: where each owned parameter lies in the shards.
+    """
+
+    flash: FlashOptimConfig
+    optimizer: FlashOptimizer
+    shard_params: list[ShardParam]
+
+    def weights_dtype(self) -> str:
+        """Return the dtype of the model weights, as checkpoint metadata names it."""
+        return "bfloat16" if self.config.bf16 else "float32"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return param groups (without parameters), rounding seed and grad scaler state."""
+        if self.is_stub_optimizer:
+            return {}
+        state: dict[str, Any] = {
+            "optimizer": {"param_groups": self.optimizer.plain_param_groups()},
+            flash_metadata.KEY: flash_metadata.describe(self.flash, self.weights_dtype()),
+        }
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load param groups, matched by Megatron's identifier keys, and the parameter state.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer or format, or has other groups.
+        """
+        if self.is_stub_optimizer:
+            return
+        saved_format = state_dict.get(flash_metadata.KEY)
+        flash_metadata.check(saved_format, self.flash, self.weights_dtype())
+        current = self.optimizer.param_groups
+        saved = state_dict["optimizer"]["param_groups"]
+        self.optimizer.load_param_groups(
+            [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in param_groups.match(current, saved)
+            ]
+        )
+        self.flash = flash_metadata.with_saved_seed(self.flash, state_dict[flash_metadata.KEY])
+        self.optimizer.flash = self.flash
+        if self.grad_scaler and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if "param_state" in state_dict:
+            loading.finish(state_dict["param_state"])
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron's sharded state dict with our parameter state in it.
+
+        Raises:
+            ValueError: a sharding type that is not supported.
+        """
+        flash_metadata.check_sharding_type(kwargs.get("metadata"))
+        return {} if self.is_stub_optimizer else super().sharded_state_dict(*args, **kwargs)
+
+    def bucket_space(self) -> BucketSpace:
+        """Return this rank's buckets as a checkpoint sees them."""
+        return BucketSpace(
+            self.buffers,
+            self.optimizer.shards,
+            dp_rank=self.data_parallel_group.rank(),
+            dp_group_index=self.data_parallel_group_idx,
+            instance=self.distributed_optimizer_instance_id,
+        )
+
+    def sharded_param_state_dp_reshardable(
+        self,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the flat bucket tensors as sharded tensors, see ``checkpoint.bucket_space``."""
+        space = self.bucket_space()
+        if not is_loading:
+            return space.saving()
+        return space.loading(_format(metadata)["master_bits"])
+
+    def model_space(self, model_sharded_state_dict: Any) -> ModelSpace:
+        """Return this rank's state as a checkpoint in the parameters' shapes sees it.
+
+        Raises:
+            ValueError: a parameter is not in the model's sharded state dict, or is mapped into
+                it by more than cutting.
+        """
+        sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        sharded_of = {id(base.data): base for base in nested_values(sharded)}
+        ranges = []
+        for item in self.shard_params:
+            base = sharded_of.get(id(item.param))
+            if base is None:
+                raise ValueError(
+                    f"parameter {self._param_name(item.param)} is not in the model's sharded state "
+                    "dict; build it with keep_vars=True, as Megatron does"
+                )
+            shape = tuple(item.param.shape)
+            ranges.append(
+                OwnedRange(
+                    pieces=pieces_of(base, shape),
+                    shape=shape,
+                    param_start=item.param_start,
+                    shard=self.optimizer.shards[item.shard],
+                    start=item.start,
+                    end=item.end,
+                )
+            )
+        return ModelSpace(ranges, self.distributed_optimizer_instance_id)
+
+    def sharded_param_state_fully_reshardable(
+        self,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return this rank's boxes of each parameter's state, see ``checkpoint.model_space``."""
+        described = _format(metadata)
+        space = self.model_space(model_sharded_state_dict)
+        per_element = frozenset(described[flash_metadata.PER_ELEMENT_SCALES])
+        if not is_loading:
+            return space.saving(per_element)
+        return space.loading(per_element, described["master_bits"])
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Return fp32 masters and moments of all ranks on the first one, for the legacy format."""
+        if self.is_stub_optimizer:
+            return None
+        return super().get_parameter_state_dp_zero(*args, **kwargs)
+
+    def load_parameter_state_from_dp_zero(self, *args: Any, **kwargs: Any) -> None:
+        """Encode fp32 masters and moments that the first rank has read from the legacy format."""
+        if not self.is_stub_optimizer:
+            super().load_parameter_state_from_dp_zero(*args, **kwargs)
+
+    @torch.no_grad()
+    def _get_main_param_and_optimizer_states(
+        self, model_param: torch.nn.Parameter
+    ) -> dict[str, torch.Tensor]:
+        """Return this rank's range of a parameter's master and moments in fp32."""
+        item, shard = self._located(model_param)
+        elements = slice(item.start, item.end)
+        param = shard.param[elements]
+        correction = None if shard.correction is None else shard.correction[elements]
+        bf16 = param.dtype == torch.bfloat16
+        tensors = {_PARAM: join_master(param, correction) if bf16 else param.clone()}
+        state = dict(shard.state())
+        for moment, scale in SCALE_OF.items():
+            if moment in state:
+                tensors[moment] = decode_moment(
+                    moment,
+                    state[moment][elements],
+                    state[scale][_groups(item)],
+                    code=shard.exp_avg_sq_code,
+                )
+        return tensors
+
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(
+        self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Split and encode this rank's range of a parameter's master and moments."""
+        item, shard = self._located(model_param)
+        elements = slice(item.start, item.end)
+        device = shard.param.device
+        self._set_master(item, tensors[_PARAM].to(device=device, dtype=torch.float32))
+        state = dict(shard.state())
+        for moment, scale in SCALE_OF.items():
+            if moment in state:
+                codes, scales = encode_moment(
+                    moment, tensors[moment].to(device), code=shard.exp_avg_sq_code
+                )
+                state[moment][elements].copy_(codes)
+                state[scale][_groups(item)].copy_(scales)
+
+    def _set_master(self, item: ShardParam, master: torch.Tensor) -> None:
+        """Put an fp32 master into weight and correction."""
+        shard = self.optimizer.shards[item.shard]
+        elements = slice(item.start, item.end)
+        if shard.correction is None:
+            shard.param[elements].copy_(master)
+            return
+        high, correction = split_master(master, bits=shard.master_bits)
+        assert correction is not None
+        shard.param[elements].copy_(high)
+        shard.correction[elements].copy_(correction)
+
+    def _located(self, param: torch.nn.Parameter) -> tuple[ShardParam, BucketShard]:
+        if self._item_of is None:
+            self._item_of = {id(item.param): item for item in self.shard_params}
+        item = self._item_of[id(param)]
+        return item, self.optimizer.shards[item.shard]
+
+    _item_of: dict[int, ShardParam] | None = None
+
+
+def _groups(item: ShardParam) -> slice:
+    return slice(item.start // GROUP_SIZE, -(-item.end // GROUP_SIZE))
+
+
+def _format(content: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the description of the flash state, which the chain puts into the metadata.
+
+    Raises:
+        ValueError: there is none.
+    """
+    described = (content or {}).get(flash_metadata.KEY)
+    if not isinstance(described, dict):
+        raise ValueError(
+            "flash optimizer state is saved and loaded through the optimizer that "
+            "get_megatron_optimizer returned, which describes it in the checkpoint's metadata"
+        )
+    return described

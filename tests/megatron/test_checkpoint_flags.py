@@ -1,0 +1,232 @@
+"""Megatron's own save_checkpoint and load_checkpoint, with the flags users give them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_state import assert_same_state
+from ranks import run_ranks
+
+FULL = "--dist-ckpt-optim-fully-reshardable"
+
+
+def _train(
+    folder: Path,
+    flags: str,
+    steps: int,
+    *,
+    load: bool = False,
+    save_at: tuple[int, ...] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    import training_checkpoints
+
+    run = training_checkpoints.Run(folder, *flags.split(), **options)
+    start = run.load() if load else 0
+    loaded = run.everything()
+    losses = []
+    for iteration in range(start + 1, start + steps + 1):
+        losses += run.train(1)
+        if iteration in save_at:
+            run.save(iteration)
+    return {**run.everything(), "start": start, "losses": losses, "loaded": loaded}
+
+
+OVERLAP = {"overlap": True, "bucket_size": 15_000}
+CASES = {
+    "defaults": ("", {}),
+    "fully reshardable": (FULL, OVERLAP),
+    "memory efficient": (f"{FULL} --distrib-optim-fully-reshardable-mem-efficient", {}),
+    "parallel load": (f"{FULL} --ckpt-fully-parallel-load", OVERLAP),
+    "async": (f"{FULL} --async-save", {}),
+    "constant structure": (f"{FULL} --ckpt-assume-constant-structure --async-save", {}),
+    "torch": ("--ckpt-format torch", {}),
+    "torch, tensor parallel": ("--ckpt-format torch", {"tp": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_resumes_bitwise(case: str, tmp_path: Path) -> None:
+    flags, options = CASES[case]
+    whole = run_ranks(2, _train, tmp_path, flags, 5, save_at=(2, 3), **options)
+    resumed = run_ranks(2, _train, tmp_path, flags, 2, load=True, **options)
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert ours["start"] == 3
+        assert ours["losses"] == theirs["losses"][3:]
+        assert_same_state(ours, theirs)
+
+
+def _convert(folder: Path, converted: Path, to: str) -> dict[str, Any]:
+    """Do what the training loop does for ``--ckpt-convert-format``."""
+    import training_checkpoints
+    from megatron.training.training import update_use_dist_ckpt
+
+    run = training_checkpoints.Run(
+        folder, *("" if to == "torch" else "--ckpt-format torch").split()
+    )
+    iteration = run.load()
+    run.args.ckpt_format = to
+    update_use_dist_ckpt(run.args)
+    run.args.save = str(converted)
+    run.save(iteration)
+    return run.everything()
+
+
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+def test_formats_convert_into_each_other(to: str, tmp_path: Path) -> None:
+    formats = {"torch": "--ckpt-format torch", "torch_dist": ""}
+    other = formats["torch_dist" if to == "torch" else "torch"]
+    folder, converted = tmp_path / "saved", tmp_path / "converted"
+    saved = run_ranks(2, _train, folder, other, 2, save_at=(2,))
+    run_ranks(2, _convert, folder, converted, to)
+    loaded = run_ranks(2, _train, converted, formats[to], 0, load=True)
+    for ours, theirs in zip(loaded, saved, strict=True):
+        assert_same_state(ours, theirs)
+
+
+def _async_race(folder: Path) -> dict[str, Any]:
+    import training_checkpoints
+    from megatron.training import async_utils
+
+    run = training_checkpoints.Run(folder, FULL, "--async-save")
+    run.train(2)
+    saved = run.everything()
+    run.save_in_background(2)
+    run.train(2)
+    async_utils.maybe_finalize_async_save(blocking=True)
+    return saved
+
+
+def test_async_save_holds_the_state_at_the_save(tmp_path: Path) -> None:
+    saved = run_ranks(2, _async_race, tmp_path)
+    loaded = run_ranks(2, _train, tmp_path, FULL, 0, load=True)
+    for ours, theirs in zip(loaded, saved, strict=True):
+        assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "loaded_with", "start"),
+    [
+        ("--no-save-optim", "--no-load-optim --no-load-rng", 3),
+        (FULL, "--no-load-optim --no-load-rng", 3),
+        ("", "--finetune", 0),
+        ("--ckpt-format torch", "--ckpt-format torch --no-load-optim --no-load-rng", 3),
+        (FULL, "--no-load-optim --no-load-rng --load-main-params-from-ckpt", 3),
+    ],
+)
+def test_model_only_load_starts_from_exactly_the_weights(
+    saved_with: str, loaded_with: str, start: int, tmp_path: Path
+) -> None:
+    saved = run_ranks(2, _train, tmp_path, saved_with, 3, save_at=(3,))
+    ranks = run_ranks(2, _train, tmp_path, loaded_with, 1, load=True)
+    for rank, before in zip(ranks, saved, strict=True):
+        assert rank["start"] == start
+        for name, weight in before["weights"].items():
+            assert torch.equal(weight, rank["loaded"]["weights"][name]), name
+        assert any(tensor.any() for tensor in before["state"].values())
+        assert not any(tensor.any() for tensor in rank["loaded"]["state"].values())
+        assert {group["step"] for group in rank["groups"]} == {1}
+
+
+def _learning_rates(folder: Path, flags: str) -> list[float]:
+    run = _train(folder, flags, 0, load=True, optimizer={"min_lr": 0.0})
+    return [group["lr"] for group in run["groups"]]
+
+
+@pytest.mark.parametrize("flags", [FULL, "", "--ckpt-format torch"])
+def test_schedule_is_the_checkpoints_unless_overridden(flags: str, tmp_path: Path) -> None:
+    run_ranks(1, _train, tmp_path, flags, 4, save_at=(4,), optimizer={"min_lr": 0.0})
+    (kept,) = run_ranks(1, _learning_rates, tmp_path, flags)
+    override = "--override-opt_param-scheduler --lr-decay-iters 16"
+    (overridden,) = run_ranks(1, _learning_rates, tmp_path, f"{flags} {override}")
+    # Linear from 1e-3 to 0 over 8 or 16 iterations, after 4.
+    assert kept == pytest.approx([1e-3 * (1 - 4 / 8)] * 2)
+    assert overridden == pytest.approx([1e-3 * (1 - 4 / 16)] * 2)
+
+
+def _killed_while_saving(folder: Path) -> None:
+    import training_checkpoints
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+
+    run = training_checkpoints.Run(folder, FULL)
+    run.load()
+    run.train(1)
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch_strategy.TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks = die
+    run.save(4)
+
+
+def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    saved = run_ranks(2, _train, tmp_path, FULL, 3, save_at=(3,))
+    with pytest.raises(AssertionError, match="ended with -9"):
+        run_ranks(2, _killed_while_saving, tmp_path)
+    assert (tmp_path / "iter_0000004").is_dir()
+    loaded = run_ranks(2, _train, tmp_path, FULL, 0, load=True)
+    for ours, theirs in zip(loaded, saved, strict=True):
+        assert ours["start"] == 3
+        assert_same_state(ours, theirs)
+
+
+def _error(folder: Path, flags: str, **options: Any) -> str:
+    import training_checkpoints
+
+    run = training_checkpoints.Run(folder, *flags.split(), **options)
+    try:
+        run.load()
+    except BaseException as problem:  # SystemExit too: Megatron ends the process for some
+        return f"{type(problem).__name__}: {problem}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, megatron: None) -> Path:
+    """A checkpoint of iteration 1."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    run_ranks(2, _train, folder, FULL, 1, save_at=(1,))
+    return folder
+
+
+@pytest.fixture
+def copy_of_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_file_is_named_on_every_rank(damage: str, copy_of_checkpoint: Path) -> None:
+    (file,) = (copy_of_checkpoint / "iter_0000001").glob("__1_*.distcp")
+    size = file.stat().st_size
+    if damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, size - 1)
+    what = "is missing" if damage == "missing" else f"has {size - 1} of {size} bytes"
+    for message in run_ranks(2, _error, copy_of_checkpoint, FULL):
+        assert message.startswith("ValueError") and f"{file.name} {what}" in message
+        assert "--ckpt-step" in message
+
+
+@pytest.mark.parametrize(
+    ("other", "tensor"),
+    [
+        ({"hidden": 128}, "layer_norm_weight"),
+        ({"layers": 3}, "layer_norm_weight"),
+        ({"swiglu": True}, "linear_fc1.weight"),
+        ({"tied": False}, "output_layer.weight"),
+    ],
+)
+def test_checkpoint_of_another_model_is_an_error_that_names_a_tensor(
+    other: dict[str, Any], tensor: str, checkpoint: Path
+) -> None:
+    for message in run_ranks(2, _error, checkpoint, FULL, **other):
+        assert tensor in message
