@@ -9,7 +9,8 @@ fp32 followed by a copy to bf16.
     python scripts/bench_step.py --json step.json
     python scripts/bench_step.py --numel 1e6 4e6 40e6 --params 300 --grad-dtype bf16
 
-Bytes count every tensor read once and written once. Needs an NVIDIA GPU.
+Bytes count every tensor read once and written once. "over" is by what share a time exceeds those
+bytes at the copy's rate plus one launch, which is a step of 512 elements. Needs an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from megatron_flashoptim.optim.segments import Segment, SegmentTable
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Distinct sets of tensors that small sizes rotate among, so that the L2 cache holds none of them.
 CACHE_BYTES = 256 << 20
+MOST_SETS = 64
+# Elements of a step that does nothing to speak of.
+LAUNCH_NUMEL = 512
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Row:
     ms_per_1b: float
     gb_per_s: float
     share_of_copy: float | None
+    over_floor_and_launch: float | None
     tuning: dict[str, int]
 
 
@@ -170,6 +175,7 @@ class Bench:
         self.tuning = tuning
         self.rows: list[Row] = []
         self.copy_gb_per_s: float | None = None
+        self.launch_ms: float | None = None
 
     def copy(self, numel: int = 1 << 30) -> None:
         """Measure a device-to-device copy of ``numel`` bytes, read once and written once."""
@@ -178,10 +184,18 @@ class Bench:
         self._add("copy", numel, [lambda: target.copy_(source)], 2.0)
         self.copy_gb_per_s = self.rows[-1].gb_per_s
 
-    def ours(self, numel: int, grad: str, bits: int, rounding: str, params: int) -> None:
+    def ours(
+        self,
+        numel: int,
+        grad: str,
+        bits: int,
+        rounding: str,
+        params: int,
+        what: str = "flash_adamw",
+    ) -> None:
         """Measure this project's step."""
         per_element = 2 * (2 + bits // 8 - 2 + 2 + 4 / 32) + DTYPES[grad].itemsize
-        sets = max(1, int(CACHE_BYTES // (numel * per_element)))
+        sets = min(MOST_SETS, max(1, int(CACHE_BYTES // (numel * per_element))))
         table = make_table(10)
         options: dict[str, Any] = {
             "exp_avg_sq_rounding": rounding,
@@ -194,7 +208,12 @@ class Bench:
             return lambda: launch_adamw_kernel_(shard, table, **options)
 
         launches = [launch(shard) for shard in shards]
-        self._add("flash_adamw", numel, launches, per_element, grad, bits, rounding, params)
+        self._add(what, numel, launches, per_element, grad, bits, rounding, params)
+
+    def launch(self) -> None:
+        """Measure a step of one tile: what a launch costs that has next to nothing to do."""
+        self.ours(LAUNCH_NUMEL, "bf16", 24, "nearest", 1, what="one launch")
+        self.launch_ms = self.rows[-1].p50_ms
 
     def flashoptim(self, numel: int, grad: str) -> None:
         """Measure flashoptim's fused step on the same number of elements, one parameter."""
@@ -257,26 +276,36 @@ class Bench:
             ms_per_1b=p50 / numel * 1e9,
             gb_per_s=rate,
             share_of_copy=rate / self.copy_gb_per_s if self.copy_gb_per_s else None,
+            over_floor_and_launch=self._over_floor(numel * per_element, p50),
             tuning=self.tuning,
         )
         self.rows.append(row)
         print(format_row(row), flush=True)
         torch.cuda.empty_cache()
 
+    def _over_floor(self, nbytes: float, ms: float) -> float | None:
+        """Return by what share a time exceeds the bytes at the copy's rate and one launch."""
+        if self.copy_gb_per_s is None or self.launch_ms is None:
+            return None
+        return ms / (nbytes / self.copy_gb_per_s / 1e6 + self.launch_ms) - 1.0
+
 
 HEADER = (
     f"{'what':32} {'elements':>11} {'params':>6} {'grad':>5} {'bits':>4} {'rounding':>10} "
-    f"{'p20 ms':>8} {'p50 ms':>8} {'p80 ms':>8} {'ms/1B':>7} {'GB/s':>6} {'of copy':>8}"
+    f"{'p20 ms':>8} {'p50 ms':>8} {'p80 ms':>8} {'ms/1B':>7} {'GB/s':>6} {'of copy':>8} "
+    f"{'over':>6}"
 )
 
 
 def format_row(row: Row) -> str:
     """Return the row as a line under ``HEADER``."""
     share = f"{row.share_of_copy:.1%}" if row.share_of_copy is not None else "-"
+    over = f"{row.over_floor_and_launch:.0%}" if row.over_floor_and_launch is not None else "-"
     return (
         f"{row.what:32} {row.numel:>11} {row.params:>6} {row.grad_dtype:>5} "
         f"{row.master_bits or '-':>4} {row.rounding:>10} {row.p20_ms:8.4f} {row.p50_ms:8.4f} "
-        f"{row.p80_ms:8.4f} {row.ms_per_1b:7.3f} {row.gb_per_s:6.0f} {share:>8}"
+        f"{row.p80_ms:8.4f} {row.ms_per_1b:7.3f} {row.gb_per_s:6.0f} {share:>8} "
+        f"{over:>6}"
     )
 
 
@@ -336,6 +365,7 @@ def main() -> None:
     print(HEADER)
     bench = Bench(options.repeats, tuning)
     bench.copy()
+    bench.launch()
     for numel in sizes(options.numel):
         for grad, bits, rounding in itertools.product(
             options.grad_dtype, options.master_bits, options.rounding

@@ -81,7 +81,7 @@ def pair_bits(group_key: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
     """
     value = (group_key + (pair + 1) * spec.COUNTER_MULTIPLIER) & _MASK32
     value = value ^ (value >> 16)
-    value = (value * spec.MIX_MULTIPLIER_1) & _MASK32
+    value = (value * spec.PAIR_MULTIPLIER) & _MASK32
     return value ^ (value >> 15)
 
 

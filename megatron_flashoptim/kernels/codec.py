@@ -43,6 +43,7 @@ BF16_QUIET_NAN = tl.constexpr(spec.BF16_QUIET_NAN)
 MIX_MULTIPLIER_1 = tl.constexpr(spec.MIX_MULTIPLIER_1)
 MIX_MULTIPLIER_2 = tl.constexpr(spec.MIX_MULTIPLIER_2)
 COUNTER_MULTIPLIER = tl.constexpr(spec.COUNTER_MULTIPLIER)
+PAIR_MULTIPLIER = tl.constexpr(spec.PAIR_MULTIPLIER)
 DRAW_BITS = tl.constexpr(spec.DRAW_BITS)
 DRAW_OF_NEAREST = tl.constexpr(spec.DRAW_OF_NEAREST)
 SCALE_PAIR = tl.constexpr(spec.SCALE_PAIR)
@@ -75,7 +76,7 @@ def pair_bits(group_key, pair):
     """Twin of ``codec.rounding.pair_bits``."""
     value = group_key + (pair + 1) * tl.full([], COUNTER_MULTIPLIER, tl.uint32)
     value = value ^ (value >> 16)
-    value = value * tl.full([], MIX_MULTIPLIER_1, tl.uint32)
+    value = value * tl.full([], PAIR_MULTIPLIER, tl.uint32)
     return value ^ (value >> 15)
 
 

@@ -289,7 +289,8 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
 
         def coefficient(norm: torch.Tensor) -> torch.Tensor:
             excess: torch.Tensor = (norm + 1e-6) / self.config.clip_grad
-            return excess.reciprocal().clamp(max=1.0)
+            # A NaN norm clips nothing, as with Megatron's float norms: what is NaN stays so.
+            return excess.reciprocal().clamp(max=1.0).nan_to_num(nan=1.0)
 
         main = coefficient(grad_norm)
         for handle in self._clip_handles:

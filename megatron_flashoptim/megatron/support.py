@@ -6,6 +6,7 @@ built from an ``OptimizerConfig`` (names of fields), for code that has no argume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,12 +91,6 @@ RULES = (
         "weights must live in a param buffer of their own; drop the flag",
     ),
     Rule(
-        "optimizer_cuda_graph",
-        _is_set,
-        "--optimizer-cuda-graph",
-        "the step is not captured yet; drop the flag",
-    ),
-    Rule(
         "decoupled_weight_decay",
         lambda value: not value,
         "--no-decoupled-weight-decay (decoupled_weight_decay=False)",
@@ -136,6 +131,35 @@ RULES = (
 )
 
 
+# With --optimizer-cuda-graph, which replays the step without any Python.
+CUDA_GRAPH_RULES = (
+    Rule(
+        "log_num_zeros_in_grad",
+        _is_set,
+        "--log-num-zeros-in-grad",
+        "the count is read on the host; drop one of the two",
+    ),
+    Rule(
+        "loss_scale",
+        _is_set,
+        "--loss-scale",
+        "whether to skip a step is decided on the host; drop one of the two",
+    ),
+    Rule(
+        "grad_norm_skip_threshold",
+        math.isfinite,
+        "--grad-norm-skip-threshold",
+        "whether to skip a step is decided on the host; drop one of the two",
+    ),
+    Rule(
+        "weight_decay_incr_style",
+        lambda value: value != "constant",
+        "--weight-decay-incr-style other than constant",
+        "the weight decay of the captured step would be used for all; drop one of the two",
+    ),
+)
+
+
 def first_refusal(optimizer: str, options: Any) -> str | None:
     """Return why the options cannot be combined with a flash optimizer, or None.
 
@@ -143,9 +167,16 @@ def first_refusal(optimizer: str, options: Any) -> str | None:
         optimizer: value of ``--optimizer``, for the message.
         options: a namespace or dataclass; rules whose field it lacks do not apply.
     """
+    graph = bool(getattr(options, "optimizer_cuda_graph", False))
     for rule in RULES:
         if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
             return f"--optimizer {optimizer} cannot be used with {rule.flag}: {rule.reason}"
+    for rule in CUDA_GRAPH_RULES if graph else ():
+        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
+            return (
+                f"--optimizer {optimizer} cannot be used with --optimizer-cuda-graph and "
+                f"{rule.flag}: {rule.reason}"
+            )
     return None
 
 
