@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -64,6 +66,22 @@ def finite_samples(per_exponent: int = 64, seed: int = 0) -> torch.Tensor:
     mantissa = torch.cat([torch.tensor(edges).expand(255, -1), random], dim=1)
     magnitude = mantissa + (torch.arange(255) << 23).unsqueeze(1)
     return fp32(torch.cat([magnitude, magnitude + (1 << 31)]).flatten())
+
+
+def nearest_fp32(exact: Fraction) -> float:
+    """Return the fp32 number nearest to ``exact``, ties to even; an infinity where it overflows.
+
+    Plain integers and fractions: nothing here rounds but the one ``round``. A result of zero is
+    positive for an ``exact`` of zero, else it has the sign of ``exact``.
+    """
+    magnitude = abs(exact)
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    if magnitude < Fraction(2) ** exponent:
+        exponent -= 1
+    quantum = Fraction(2) ** (max(exponent, -126) - 23)
+    rounded = round(magnitude / quantum) * quantum  # Python rounds halves to even
+    value = float(rounded) if rounded < 2**128 else float("inf")  # exact: 24 bits
+    return -value if exact < 0 else value
 
 
 def fp32_ulp(values: torch.Tensor) -> torch.Tensor:

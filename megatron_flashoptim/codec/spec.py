@@ -64,8 +64,8 @@ MIX_MULTIPLIER_1: Final = 0x7FEB352D
 MIX_MULTIPLIER_2: Final = 0x846CA68B
 COUNTER_MULTIPLIER: Final = 0x9E3779B1
 STREAM_MULTIPLIER: Final = 0x6A09E667
-# Multiplier of the single round that follows for each pair of elements (of Wellons' later
-# "lowbias32"). With MIX_MULTIPLIER_1 odd elements of a group correlated by 0.009; with this one,
+# Multiplier of the single round that follows for each pair of elements (the second one of a later
+# "lowbias32"). With MIX_MULTIPLIER_1 there, draws of one group correlated by 0.009; with this one
 # by less than 0.001.
 PAIR_MULTIPLIER: Final = 0xD35A2D97
 # Elements draw 16 bits each, two from one hash: 2^-16 of a code step is finer than what a small
