@@ -7,19 +7,19 @@ from __future__ import annotations
 SIGMAS = 4.0
 
 # Rounding errors of the codec's own fp32 arithmetic, in code steps.
-# First moment: m / scale and its companding are at most 6 roundings of 2^-24, of values up to 127;
-# the sum with 0.5 adds half an ulp of 127.5: 127 * 6 * 2^-24 + 2^-18 < 2^-14.
-EXP_AVG_CODE_STEPS = 2.0**-14
-# Second moment: a root, a quotient and a product of values up to 255, then half an ulp of 255 in
-# the sum: 255 * 3 * 2^-24 + 2^-17 < 2^-14; the decoded root (a rounded 1/255, two products, and
-# half of the square's error) adds as much again.
+# First moment: a sum, its reciprocal and a product, 2^-24 each, of values up to 127; what follows is
+# exact: 127 * 3 * 2^-24 < 2^-15.
+EXP_AVG_CODE_STEPS = 2.0**-15
+# Second moment, encoded: a root, a reciprocal and a product of values up to 255, and half a unit of
+# the 15 fraction bits: 255 * 3 * 2^-24 + 2^-16 < 2^-14. Decoded: a constant and two products, and
+# half of the square's error, 255 * 3.5 * 2^-24 < 2^-14. Fourth roots halve all but their own.
 EXP_AVG_SQ_CODE_STEPS = 2.0**-13
-# A decoded first moment: a quotient and a product, 2^-24 relative each.
-EXP_AVG_DECODE_RELATIVE = 2.0**-23
+# A decoded first moment: a reciprocal and two products, 2^-24 relative each, and their products.
+EXP_AVG_DECODE_RELATIVE = 4 * 2.0**-24
 
-# lr * update in fp32 against fp64: 17 roundings of 2^-24, counted in tests/optim/
-# test_update_rule.py; 18 for their products.
-ADAMW_UPDATE_RELATIVE = 18 * 2.0**-24
+# lr * update in fp32 against fp64: 16 roundings of 2^-24, counted in tests/optim/
+# test_update_rule.py; 17 for their products.
+ADAMW_UPDATE_RELATIVE = 17 * 2.0**-24
 
 # Relative L2 error of the update, last 20 of 200 steps at beta2 0.95, against fp64 AdamW. The
 # simulation over 400 steps that chose the format had 0.10 nearest and 0.13 stochastic, 0.11 and

@@ -8,6 +8,8 @@ import torch
 from bitwise import bf16
 from hypothesis import strategies
 
+from megatron_flashoptim.codec import spec
+
 # Every finite bf16 scale but zero: subnormals, then all exponents.
 ALL_SCALES = bf16(torch.arange(1, 0x7F80))
 
@@ -55,9 +57,25 @@ def every_code(scales: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor,
     return groups.repeat(len(scales), 1).flatten(), scales.repeat_interleave(rows)
 
 
+def scales_within(low: float, high: float) -> torch.Tensor:
+    """Return all bf16 scales from ``low`` to below ``high``."""
+    scales = ALL_SCALES.double()
+    return ALL_SCALES[(scales >= low) & (scales < high)]
+
+
 def per_element(scale: torch.Tensor, numel: int) -> torch.Tensor:
     """Return the fp64 scale of each of ``numel`` elements."""
     return scale.double().repeat_interleave(32)[:numel]
+
+
+def coded(root: torch.Tensor, code: spec.ExpAvgSqCode) -> torch.Tensor:
+    """Return what the code of the second moment is in proportion to: r = sqrt(v), or its root."""
+    return root.double() if code == "sqrt" else root.double().sqrt()
+
+
+def uncoded(quantity: torch.Tensor, code: spec.ExpAvgSqCode) -> torch.Tensor:
+    """Return the root r of which ``quantity`` is ``coded``."""
+    return quantity if code == "sqrt" else quantity * quantity
 
 
 def group_max(values: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,14 @@ def test_an_unknown_rounding_is_refused(rounding: Any) -> None:
         _refused("('nearest', 'stochastic')", call, torch.zeros(32), rounding=rounding)
 
 
+@pytest.mark.parametrize("code", ["log", "Sqrt", "", None, 4])
+def test_an_unknown_code_of_the_second_moment_is_refused(code: Any) -> None:
+    encoded = torch.zeros(32, dtype=torch.uint8), torch.ones(1, dtype=torch.bfloat16)
+    for call, args in ((encode_exp_avg_sq, (torch.zeros(32),)), (decode_exp_avg_sq, encoded)):
+        _refused(repr(code), call, *args, code=code)
+        _refused("('sqrt', 'fourth_root')", call, *args, code=code)
+
+
 @pytest.mark.parametrize("bits", [0, 8, 23, 64, -24, "24", None])
 def test_unknown_master_bits_are_refused(bits: Any) -> None:
     for call in (correction_dtype, lambda value: split_master(torch.zeros(32), bits=value)):

@@ -8,6 +8,7 @@ from bitwise import assert_same_bits, finite_samples, fp32, patterns
 from tolerances import SIGMAS
 
 from megatron_flashoptim.codec import join_master, split_master
+from megatron_flashoptim.codec.master import split_master_with_draws
 
 DRAWS = 1 << 16
 LOST_BITS = {24: 8, 16: 16}
@@ -39,6 +40,30 @@ def test_rounds_up_with_a_probability_equal_to_what_is_lost(
     probability = remainder / (1 << lost)
     sigma = (DRAWS * probability * (1 - probability)) ** 0.5
     assert abs(int(rounded_up.sum()) - DRAWS * probability) <= SIGMAS * sigma
+
+
+@pytest.mark.parametrize("upper", UPPER)
+def test_of_all_draws_as_many_round_up_as_the_bits_that_are_lost_say(upper: int) -> None:
+    """Exact counts. Of the 16 bits of a draw, 24-bit masters use the upper 8."""
+    draws = torch.arange(1 << 16)
+    for remainder in (0, 1, 0x7F, 0x80, 0xFF, 0x100, 0x8000, 0x80FF, 0xFFFF):
+        weight = fp32([(upper << 16) + remainder]).repeat(1 << 16)
+        for bits, lost in LOST_BITS.items():
+            joined = patterns(join_master(*split_master_with_draws(weight, bits=bits, draw=draws)))
+            up = (joined >> lost) - (((upper << 16) + remainder) >> lost)
+            needed = (remainder & ((1 << lost) - 1)) << (16 - lost)
+            assert torch.equal(up, (draws >= (1 << 16) - needed).long())
+
+
+def test_the_lower_8_bits_of_a_draw_matter_to_16_bit_masters_only() -> None:
+    weight = finite_samples(per_exponent=4)
+    draws = torch.randint(0, 1 << 16, weight.shape, generator=torch.Generator().manual_seed(0))
+    other = draws ^ 0xFF
+    for bits, same in ((16, False), (24, True), (32, True)):
+        first, second = (
+            join_master(*split_master_with_draws(weight, bits=bits, draw=d)) for d in (draws, other)
+        )
+        assert torch.equal(patterns(first), patterns(second)) == same
 
 
 @pytest.mark.parametrize("bits", [24, 16])
