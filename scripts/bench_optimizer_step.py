@@ -254,7 +254,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     for grad in args.grad_dtype:
         check_graph(args, grad)
-    bench = Bench(args.repeats, {})
+    bench = Bench(args.repeats)
     print("a device-to-device copy, the ceiling:")
     bench.copy()
     assert bench.copy_gb_per_s is not None

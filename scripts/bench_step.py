@@ -8,9 +8,11 @@ fp32 followed by a copy to bf16.
 
     python scripts/bench_step.py --json step.json
     python scripts/bench_step.py --numel 1e6 4e6 40e6 --params 300 --grad-dtype bf16
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python scripts/bench_step.py --gate-only
 
-Bytes count every tensor read once and written once. "over" is by what share a time exceeds those
-bytes at the copy's rate plus one launch, which is a step of 512 elements. Needs an NVIDIA GPU.
+Bytes count every tensor read once and written once. "device" is the time in a CUDA graph,
+where small launches do not wait for the host; "over" is by what share it exceeds those bytes at the
+copy's rate plus one launch, which is a step of 512 elements. Needs an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS, ROUNDINGS
+from megatron_flashoptim.kernels.adamw import LARGE, LARGE_NUMEL, SMALL, Geometry
 from megatron_flashoptim.optim import BucketShard
 from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
@@ -37,7 +40,7 @@ from megatron_flashoptim.optim.segments import Segment, SegmentTable
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Distinct sets of tensors that small sizes rotate among, so that the L2 cache holds none of them.
 CACHE_BYTES = 256 << 20
-MOST_SETS = 64
+MOST_SETS = 16
 # Elements of a step that does nothing to speak of.
 LAUNCH_NUMEL = 512
 
@@ -60,7 +63,7 @@ class Row:
     gb_per_s: float
     share_of_copy: float | None
     over_floor_and_launch: float | None
-    tuning: dict[str, int]
+    device_ms: float
 
 
 def make_shard(
@@ -95,15 +98,16 @@ def make_table(step: int, device: str = "cuda") -> HyperTable:
     return table
 
 
-def gate(tuning: dict[str, Any]) -> int:
+def gate(geometry: Geometry | None) -> int:
     """Compare kernel and reference bit for bit; return the number of combinations checked.
 
     Raises:
         SystemExit: names the first tensor that differs.
     """
-    combinations = itertools.product(DTYPES, MASTER_BITS, ROUNDINGS, ROUNDINGS)
+    geometries = [geometry] if geometry else [LARGE, SMALL]
+    combinations = itertools.product(geometries, DTYPES, MASTER_BITS, ROUNDINGS, ROUNDINGS)
     checked = 0
-    for grad_dtype, bits, rounding, master_rounding in combinations:
+    for geometry, grad_dtype, bits, rounding, master_rounding in combinations:
         ours, reference = (make_shard(70016, grad_dtype, bits, 37, device="cpu") for _ in range(2))
         on_gpu = _to_gpu(ours)
         for step in range(1, 4):
@@ -116,7 +120,7 @@ def gate(tuning: dict[str, Any]) -> int:
                 "master_rounding": master_rounding,
             }
             reference_adamw_step_(reference, make_table(step, "cpu"), **options)
-            launch_adamw_kernel_(on_gpu, make_table(step), **options, **tuning)
+            launch_adamw_kernel_(on_gpu, make_table(step), **options, geometry=geometry)
             named = [("param", reference.param, on_gpu.param)]
             named += [
                 (name, tensor, dict(on_gpu.state())[name]) for name, tensor in reference.state()
@@ -156,6 +160,16 @@ def time_ms(launches: list[Callable[[], Any]], repeats: int) -> tuple[float, flo
     return p20, p50, p80
 
 
+def graph_ms(launches: list[Callable[[], Any]], repeats: int) -> float:
+    """Return the median milliseconds per launch replayed from a CUDA graph: the device's part."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches * MOST_SETS:
+            launch()
+    times = sorted(_elapsed([graph.replay]) for _ in range(repeats))
+    return times[repeats // 2] / (len(launches) * MOST_SETS)
+
+
 def _elapsed(launches: list[Callable[[], Any]]) -> float:
     # torch.cuda.Event has no annotations.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -170,9 +184,9 @@ def _elapsed(launches: list[Callable[[], Any]]) -> float:
 class Bench:
     """Measures rows against the copy ceiling of the same run."""
 
-    def __init__(self, repeats: int, tuning: dict[str, int]) -> None:
+    def __init__(self, repeats: int, geometry: Geometry | None = None) -> None:
         self.repeats = repeats
-        self.tuning = tuning
+        self.geometry = geometry
         self.rows: list[Row] = []
         self.copy_gb_per_s: float | None = None
         self.launch_ms: float | None = None
@@ -200,7 +214,7 @@ class Bench:
         options: dict[str, Any] = {
             "exp_avg_sq_rounding": rounding,
             "master_rounding": "stochastic" if bits == 16 else "nearest",
-            **self.tuning,
+            "geometry": self.geometry,
         }
         shards = [make_shard(numel, grad, bits, params) for _ in range(sets)]
 
@@ -213,7 +227,7 @@ class Bench:
     def launch(self) -> None:
         """Measure a step of one tile: what a launch costs that has next to nothing to do."""
         self.ours(LAUNCH_NUMEL, "bf16", 24, "nearest", 1, what="one launch")
-        self.launch_ms = self.rows[-1].p50_ms
+        self.launch_ms = self.rows[-1].device_ms
 
     def flashoptim(self, numel: int, grad: str) -> None:
         """Measure flashoptim's fused step on the same number of elements, one parameter."""
@@ -261,6 +275,7 @@ class Bench:
         params: int = 1,
     ) -> None:
         p20, p50, p80 = time_ms(launches, self.repeats)
+        device_ms = graph_ms(launches, self.repeats) if numel < LARGE_NUMEL else p50
         rate = numel * per_element / p50 / 1e6
         row = Row(
             what=what,
@@ -276,8 +291,8 @@ class Bench:
             ms_per_1b=p50 / numel * 1e9,
             gb_per_s=rate,
             share_of_copy=rate / self.copy_gb_per_s if self.copy_gb_per_s else None,
-            over_floor_and_launch=self._over_floor(numel * per_element, p50),
-            tuning=self.tuning,
+            over_floor_and_launch=self._over_floor(numel * per_element, device_ms),
+            device_ms=device_ms,
         )
         self.rows.append(row)
         print(format_row(row), flush=True)
@@ -292,8 +307,8 @@ class Bench:
 
 HEADER = (
     f"{'what':32} {'elements':>11} {'params':>6} {'grad':>5} {'bits':>4} {'rounding':>10} "
-    f"{'p20 ms':>8} {'p50 ms':>8} {'p80 ms':>8} {'ms/1B':>7} {'GB/s':>6} {'of copy':>8} "
-    f"{'over':>6}"
+    f"{'p20 ms':>8} {'p50 ms':>8} {'p80 ms':>8} {'device':>8} {'ms/1B':>7} {'GB/s':>6} "
+    f"{'of copy':>8} {'over':>6}"
 )
 
 
@@ -304,8 +319,8 @@ def format_row(row: Row) -> str:
     return (
         f"{row.what:32} {row.numel:>11} {row.params:>6} {row.grad_dtype:>5} "
         f"{row.master_bits or '-':>4} {row.rounding:>10} {row.p20_ms:8.4f} {row.p50_ms:8.4f} "
-        f"{row.p80_ms:8.4f} {row.ms_per_1b:7.3f} {row.gb_per_s:6.0f} {share:>8} "
-        f"{over:>6}"
+        f"{row.p80_ms:8.4f} {row.device_ms:8.4f} {row.ms_per_1b:7.3f} {row.gb_per_s:6.0f} "
+        f"{share:>8} {over:>6}"
     )
 
 
@@ -344,14 +359,15 @@ def main() -> None:
     parser.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=list(ROUNDINGS))
     parser.add_argument("--repeats", type=int, default=30, help="samples per row")
     parser.add_argument(
-        "--tuning",
-        nargs="+",
-        default=[],
-        metavar="NAME=N",
-        help="launch options: groups_per_tile, tiles_per_program, num_stages, num_warps, "
-        "max_registers",
+        "--geometry",
+        type=int,
+        nargs=5,
+        metavar="N",
+        help="groups per tile, tiles per program, stages, warps and registers of the launch; "
+        "chosen by size if not given",
     )
     parser.add_argument("--skip-gate", action="store_true", help="for tuning: time unchecked code")
+    parser.add_argument("--gate-only", action="store_true", help="check and time nothing")
     parser.add_argument("--ours-only", action="store_true", help="leave out other optimizers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args()
@@ -359,11 +375,13 @@ def main() -> None:
         parser.error("needs an NVIDIA GPU")
     where = environment()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    tuning = {name: int(value) for name, value in (item.split("=") for item in options.tuning)}
-    checked = 0 if options.skip_gate else gate(tuning)
+    geometry = Geometry(*options.geometry) if options.geometry else None
+    checked = 0 if options.skip_gate else gate(geometry)
     print(f"gate: kernel equals the reference bit for bit in {checked} combinations, 3 steps each")
+    if options.gate_only:
+        return
     print(HEADER)
-    bench = Bench(options.repeats, tuning)
+    bench = Bench(options.repeats, geometry)
     bench.copy()
     bench.launch()
     for numel in sizes(options.numel):

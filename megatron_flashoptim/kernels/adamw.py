@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,15 +33,33 @@ ROOT_OF_ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO**0.5)
 EXP_AVG_SQ_STEP = tl.constexpr(exp_avg_sq_step("sqrt"))
 FOURTH_ROOT_STEP = tl.constexpr(exp_avg_sq_step("fourth_root"))
 
-# Found by scripts/bench_step.py on an H100, see docs/kernel.md: a program is one warp, so that it
-# waits for no other, and steps four tiles of 512 elements, of which all but one are on the way.
-GROUPS_PER_TILE = 16
-TILES_PER_PROGRAM = 4
-NUM_STAGES = 4
-NUM_WARPS = 1
-MAX_REGISTERS = 128
-# Fewer tiles per program where there would be fewer programs than this per multiprocessor.
-PROGRAMS_PER_SM = 8
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a launch divides its work.
+
+    Attributes:
+        groups_per_tile: groups a program works on at once, a power of two.
+        tiles_per_program: tiles a program steps one after the other, a power of two.
+        num_stages: tiles in flight, the one worked on included.
+        num_warps: warps per program.
+        max_registers: registers per thread.
+    """
+
+    groups_per_tile: int
+    tiles_per_program: int
+    num_stages: int
+    num_warps: int
+    max_registers: int
+
+
+# Found by scripts/bench_step.py on an H100, see docs/kernel.md. In a large shard a program is one
+# warp, so that it waits for no other, and steps four tiles of 512 elements, the next of which are
+# on the way. A small shard has too few tiles for that: its programs are many and short.
+LARGE = Geometry(16, 4, 4, 1, 128)
+SMALL = Geometry(16, 1, 1, 2, 64)
+# Elements from which a shard is large.
+LARGE_NUMEL = 1 << 26
 
 
 @triton.jit
@@ -278,12 +297,7 @@ class AdamWStep:
         fourth_root: code of the second moment, see ``codec.spec``.
         stochastic_exp_avg_sq: round the second moment stochastically.
         stochastic_master: round the master weight stochastically.
-        groups_per_tile: groups a program works on at once, a power of two.
-        tiles_per_program: tiles a program steps one after the other, a power of two; chosen by
-            the size of the shard if None.
-        num_stages: tiles in flight, the one worked on included.
-        num_warps: warps per program.
-        max_registers: registers per thread.
+        geometry: how the launch divides its work; chosen by the size of the shard if None.
 
     Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
     ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
@@ -313,17 +327,13 @@ class AdamWStep:
         fourth_root: bool,
         stochastic_exp_avg_sq: bool,
         stochastic_master: bool,
-        groups_per_tile: int = GROUPS_PER_TILE,
-        tiles_per_program: int | None = None,
-        num_stages: int = NUM_STAGES,
-        num_warps: int = NUM_WARPS,
-        max_registers: int = MAX_REGISTERS,
+        geometry: Geometry | None = None,
     ) -> None:
         num_groups = param.numel() // spec.GROUP_SIZE
-        groups_per_tile = min(groups_per_tile, groups_per_entry)
-        if tiles_per_program is None:
-            tiles_per_program = _tiles_per_program(num_groups // groups_per_tile, param.device)
-        tiles_per_program = min(tiles_per_program, groups_per_entry // groups_per_tile)
+        if geometry is None:
+            geometry = LARGE if param.numel() >= LARGE_NUMEL else SMALL
+        groups_per_tile = min(geometry.groups_per_tile, groups_per_entry)
+        tiles_per_program = min(geometry.tiles_per_program, groups_per_entry // groups_per_tile)
         self._grid = (triton.cdiv(num_groups, groups_per_tile * tiles_per_program), 1, 1)
         # In the order of the kernel's parameters, as the compiled kernel takes them.
         self._arguments = (
@@ -351,13 +361,13 @@ class AdamWStep:
             hyper.shape[1],
             groups_per_entry,
             tiles_per_program,
-            num_stages,
+            geometry.num_stages,
             groups_per_tile,
             spec.GROUP_SIZE,
         )
         self._options = {
-            "num_warps": num_warps,
-            "maxnreg": max_registers,
+            "num_warps": geometry.num_warps,
+            "maxnreg": geometry.max_registers,
             "enable_fp_fusion": False,
         }
         self._compiled: Any = None
@@ -369,14 +379,3 @@ class AdamWStep:
             self._compiled = _adamw_step_kernel[self._grid](*self._arguments, **self._options)
         else:
             self._compiled[self._grid](*self._arguments)
-
-
-def _tiles_per_program(tiles: int, device: torch.device) -> int:
-    """Return how many tiles a program steps: few where the shard is too small for the device."""
-    if device.type != "cuda":
-        return TILES_PER_PROGRAM
-    programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-    count = TILES_PER_PROGRAM
-    while count > 1 and tiles < count * programs:
-        count //= 2
-    return count

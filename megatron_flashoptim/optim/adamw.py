@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from megatron_flashoptim.codec.rounding import fma_fp32 as fma
 from megatron_flashoptim.kernels import columns
 from megatron_flashoptim.optim.hyper import HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
+
+if TYPE_CHECKING:
+    from megatron_flashoptim.kernels.adamw import Geometry
 
 # Groups the reference works on at once: bounds its temporary memory to about 100 MB.
 _REFERENCE_CHUNK = 1 << 15
@@ -56,9 +59,17 @@ def launch_adamw_kernel_(
     *,
     exp_avg_sq_rounding: spec.Rounding,
     master_rounding: spec.Rounding,
-    **tuning: Any,
+    geometry: Geometry | None = None,
 ) -> None:
-    """Step one shard with the Triton kernel (modified in place); ``tuning`` is passed to it."""
+    """Step one shard with the Triton kernel (modified in place).
+
+    Args:
+        shard: parameters, gradients and state.
+        table: hyper-parameters of this step.
+        exp_avg_sq_rounding: rounding of the second moment.
+        master_rounding: rounding of the master weight.
+        geometry: how the launch divides its work; chosen by the size of the shard if None.
+    """
     segments = shard.segments
     tensors = (
         shard.param,
@@ -78,7 +89,7 @@ def launch_adamw_kernel_(
         segments.group_shift,
         segments.entry_segment,
     )
-    options = (exp_avg_sq_rounding, master_rounding, *tuning.items())
+    options = (exp_avg_sq_rounding, master_rounding, geometry)
     made_for, launch = shard.launches.get(options, (None, None))
     if launch is None or any(was is not now for was, now in zip(made_for, tensors, strict=True)):
         # Imported here so that a machine without Triton can use the reference.
@@ -91,7 +102,7 @@ def launch_adamw_kernel_(
             fourth_root=shard.exp_avg_sq_code == "fourth_root",
             stochastic_exp_avg_sq=exp_avg_sq_rounding == "stochastic",
             stochastic_master=master_rounding == "stochastic",
-            **tuning,
+            geometry=geometry,
         )
         shard.launches[options] = (tensors, launch)
     launch()

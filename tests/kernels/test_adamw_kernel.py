@@ -6,12 +6,14 @@ The twin always runs on the CPU: on a GPU these tests also say that CPU and GPU 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from shards import GROUP, GuardedShard, Parameter, assert_same_state, is_unchanged, segments_of
 
 from megatron_flashoptim.codec import spec
+from megatron_flashoptim.kernels.adamw import LARGE, SMALL, Geometry
 from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
 
@@ -50,6 +52,7 @@ def _shard(
     parameters: tuple[Parameter, ...] = PARAMETERS,
     groups: int = GROUPS,
     groups_per_entry: int = TILE,
+    exp_avg_sq_code: spec.ExpAvgSqCode = "sqrt",
 ) -> GuardedShard:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(groups * GROUP, generator=generator)
@@ -58,6 +61,7 @@ def _shard(
         torch.zeros(groups * GROUP, dtype=grad_dtype, device=device),
         segments_of(parameters, 0, groups, device, groups_per_entry),
         master_bits,
+        exp_avg_sq_code,
     )
 
 
@@ -83,7 +87,7 @@ def _check_against_reference(
     *,
     steps: int = 2,
     rounding: dict[str, spec.Rounding],
-    tuning: dict[str, int] | None = None,
+    geometry: Geometry | None = None,
     **shard: object,
 ) -> tuple[GuardedShard, GuardedShard]:
     """Step the kernel on ``device`` and the reference on the CPU, side by side."""
@@ -98,7 +102,7 @@ def _check_against_reference(
         table.fill(_hyper(step), seed=3)
         reference_table.fill(_hyper(step), seed=3)
         values = table.keys.clone()
-        launch_adamw_kernel_(kernel, table, **rounding, **(tuning or {}))
+        launch_adamw_kernel_(kernel, table, **rounding, geometry=geometry)
         reference_adamw_step_(reference, reference_table, **rounding)
         assert_same_state(kernel, reference, f"step {step}:")
         assert is_unchanged(kernel.grad, grad)
@@ -218,26 +222,49 @@ def test_kernel_equals_reference_for_any_number_of_groups(device: str, groups: i
 
 
 @pytest.mark.parametrize(
-    ("groups_per_entry", "groups_per_tile"),
-    [(8, 8), (16, 32), (32, 32), (64, 8), (64, 16), (64, 64), (128, 32), (128, 128)],
+    ("groups_per_entry", "groups_per_tile", "tiles"),
+    [(8, 8, 1), (16, 32, 1), (32, 32, 4), (64, 8, 8), (64, 16, 2), (64, 16, 4), (128, 32, 4)],
 )
 def test_kernel_equals_reference_for_any_tile_and_program_size(
-    device: str, groups_per_entry: int, groups_per_tile: int
+    device: str, groups_per_entry: int, groups_per_tile: int, tiles: int
 ) -> None:
-    """Programs work on a tile of the segment table, or on a part of one."""
+    """Programs work on an entry of the segment table, or on a part of one."""
     _check_against_reference(
         device,
         steps=1,
         rounding=STOCHASTIC,
-        tuning={"groups_per_tile": groups_per_tile},
+        geometry=replace(SMALL, groups_per_tile=groups_per_tile, tiles_per_program=tiles),
         groups_per_entry=groups_per_entry,
     )
 
 
-@pytest.mark.parametrize("num_warps", [1, 2, 8])
-def test_kernel_equals_reference_for_any_number_of_warps(device: str, num_warps: int) -> None:
-    """Compiled, the reductions over a group are laid out by it; the interpreter ignores it."""
-    _check_against_reference(device, rounding=STOCHASTIC, tuning={"num_warps": num_warps})
+@pytest.mark.parametrize("geometry", [LARGE, SMALL, Geometry(32, 2, 3, 4, 255)], ids=str)
+def test_kernel_equals_reference_for_any_geometry(device: str, geometry: Geometry) -> None:
+    """Compiled, reductions are laid out and tiles read ahead by it; interpreted, neither."""
+    _check_against_reference(device, rounding=STOCHASTIC, geometry=geometry)
+
+
+@pytest.mark.parametrize("rounding", [NEAREST, STOCHASTIC], ids=["nearest", "stochastic"])
+def test_kernel_equals_reference_with_the_fourth_root_code(
+    device: str, rounding: dict[str, spec.Rounding]
+) -> None:
+    _check_against_reference(device, rounding=rounding, exp_avg_sq_code="fourth_root")
+
+
+def test_a_skipped_step_changes_nothing(device: str) -> None:
+    """What a step does where an overflow was found, without the host looking."""
+    shard = _shard(device)
+    table = HyperTable(3, device)
+    shard.grad.normal_()
+    for step in (1, 2):
+        table.fill(_hyper(step), seed=3)
+        table.skip.fill_(step - 1)
+        before = {name: tensor.clone() for name, tensor in shard.state()}
+        weights = shard.param.clone()
+        launch_adamw_kernel_(shard, table, **STOCHASTIC)
+        same = [is_unchanged(tensor, before[name]) for name, tensor in shard.state()]
+        assert [*same, is_unchanged(shard.param, weights)] == [step == 2] * 6
+    shard.check_guards()
 
 
 def test_every_group_may_be_its_own_parameter(device: str) -> None:

@@ -258,6 +258,8 @@ def test_decoded_moments_equal_the_reference_for_every_code(device: str, kind: s
     square = kind != "exp_avg"
     dtype = torch.uint8 if square else torch.int8
     scale = (finite_samples(1).abs()[::37].unique()).to(torch.bfloat16)
+    if square:
+        scale = scale[scale < 2.0**100]  # no root's scale is above 2^64
     scale = torch.cat([scale, torch.tensor([torch.nan, torch.inf]).to(torch.bfloat16)])
     scale = scale[: len(scale) // 2 * 2].repeat_interleave(8)
     codes = torch.arange(256).to(torch.uint8).view(dtype).repeat(len(scale) // 8)
