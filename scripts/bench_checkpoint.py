@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -180,12 +179,16 @@ class Trained:
                     state = member.optimizer.state[main_param]
                     yield from (state[name] for name in ("exp_avg", "exp_avg_sq"))
 
-    def digest(self) -> str:
-        """Return a hash of every bit."""
-        found = hashlib.blake2b()
+    def digest(self) -> list[int]:
+        """Return sums over every byte, plain and weighted by where it is, computed in place."""
+        sums: list[torch.Tensor] = []
         for tensor in self.tensors():
-            found.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data)
-        return found.hexdigest()
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            for chunk in flat.split(1 << 24):
+                values = chunk.to(torch.int64)
+                places = torch.arange(1, len(chunk) + 1, device=chunk.device)
+                sums += [values.sum(), (values * places).sum()]
+        return torch.stack(sums).tolist()
 
     def overwrite(self) -> None:
         """Replace weights and state by ones, which no checkpoint holds."""
@@ -242,7 +245,8 @@ def run(options: argparse.Namespace, optimizer: str, sharding_type: str, folder:
     saves, loads = [], []
     first = torch.distributed.get_rank() == 0
     disk_bytes = 0
-    for _ in range(options.repeats + 1):
+    warm_up = 0 if options.no_warm_up else 1
+    for _ in range(options.repeats + warm_up):
         if first:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -262,8 +266,8 @@ def run(options: argparse.Namespace, optimizer: str, sharding_type: str, folder:
         format=sharding_type,
         parameters=trained.parameters,
         ranks=torch.distributed.get_world_size(),
-        save_s=statistics.median(peak.seconds for peak in saves[1:]),
-        load_s=statistics.median(peak.seconds for peak in loads[1:]),
+        save_s=statistics.median(peak.seconds for peak in saves[warm_up:]),
+        load_s=statistics.median(peak.seconds for peak in loads[warm_up:]),
         save_host_bytes=max(peak.host_bytes for peak in saves),
         load_host_bytes=max(peak.host_bytes for peak in loads),
         save_device_bytes=max(peak.device_bytes for peak in saves),
@@ -324,6 +328,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--bf16-gradients", action="store_true", help="gradients in bf16")
     parser.add_argument("--repeats", type=int, default=3, help="counted saves and loads")
+    parser.add_argument(
+        "--no-warm-up", action="store_true", help="count the first save and load too"
+    )
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
@@ -372,6 +379,9 @@ def main() -> None:
         for sharding_type in options.formats:
             rows.append(run(options, optimizer, sharding_type, folder / "checkpoint"))
             gc.collect()
+            if options.json and torch.distributed.get_rank() == 0:
+                stored = {"environment": _environment(), "rows": [asdict(row) for row in rows]}
+                options.json.write_text(json.dumps(stored, indent=1) + "\n")
     if torch.distributed.get_rank() == 0:
         environment = _environment()
         shutil.rmtree(folder if temporary else folder / "checkpoint")
@@ -379,9 +389,6 @@ def main() -> None:
         print(", ".join(f"{name} {value}" for name, value in environment.items()))
         print(table(rows))
         print("host and device MB: growth of the peak during save / load, on the worst rank")
-        if options.json:
-            stored = {"environment": environment, "rows": [asdict(row) for row in rows]}
-            options.json.write_text(json.dumps(stored, indent=1) + "\n")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
