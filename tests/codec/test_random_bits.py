@@ -180,6 +180,14 @@ def test_no_two_streams_of_the_first_steps_share_a_key() -> None:
     assert len(keys) == 4 * 199 * len(STREAMS)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_keys_of_a_tensor_of_steps_are_those_of_each_step(seed: int, stream: int) -> None:
+    steps = [1, 2, 1000, 2**20 + 1, 2**31 - 1]
+    keys = rounding.launch_keys(seed, torch.tensor(steps), stream)
+    assert keys.tolist() == [rounding.launch_key(seed, step, stream) for step in steps]
+
+
 def test_groups_of_a_tensor_have_distinct_keys_of_32_bits() -> None:
     """Key 0 and group numbers times an odd constant run through distinct inputs of the mixer."""
     keys = rounding.group_key(0, torch.arange(1 << 20))

@@ -27,6 +27,7 @@ def _step_cut(
     rounding: spec.Rounding,
     dtype: torch.dtype = torch.bfloat16,
     master_bits: int = 24,
+    code: spec.ExpAvgSqCode = "sqrt",
 ) -> list[GuardedShard]:
     """Step the bucket cut at these groups, each shard as a rank of its own would."""
     generator = torch.Generator().manual_seed(0)
@@ -40,6 +41,7 @@ def _step_cut(
             torch.zeros((end - begin) * GROUP, dtype=torch.bfloat16),
             segments_of(BUCKET, begin, end),
             master_bits,
+            code,
         )
         table = HyperTable(2, "cpu")
         table.grad_scale.copy_(torch.tensor([0.8, 0.3]))
@@ -70,18 +72,29 @@ def _state_of_parameters(shards: list[GuardedShard]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "master_bits"),
-    [(torch.bfloat16, 24), (torch.bfloat16, 32), (torch.bfloat16, 16), (torch.float32, 24)],
+    ("dtype", "master_bits", "code"),
+    [
+        (torch.bfloat16, 24, "sqrt"),
+        (torch.bfloat16, 24, "fourth_root"),
+        (torch.bfloat16, 32, "sqrt"),
+        (torch.bfloat16, 16, "sqrt"),
+        (torch.float32, 24, "fourth_root"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("rounding", spec.ROUNDINGS)
 @pytest.mark.parametrize("dp", [2, 4, 8])
 def test_state_of_a_parameter_is_the_same_bytes_for_every_dp(
-    dp: int, rounding: spec.Rounding, dtype: torch.dtype, master_bits: int
+    dp: int,
+    rounding: spec.Rounding,
+    dtype: torch.dtype,
+    master_bits: int,
+    code: spec.ExpAvgSqCode,
 ) -> None:
-    whole = _state_of_parameters(_step_cut([], rounding, dtype, master_bits))
+    options = (rounding, dtype, master_bits, code)
+    whole = _state_of_parameters(_step_cut([], *options))
     cuts = [GROUPS // dp * rank for rank in range(1, dp)]
-    cut = _state_of_parameters(_step_cut(cuts, rounding, dtype, master_bits))
+    cut = _state_of_parameters(_step_cut(cuts, *options))
     assert whole.keys() == cut.keys()
     for name in whole:
         assert_same_bits(cut[name], whole[name], name)

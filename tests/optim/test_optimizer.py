@@ -228,7 +228,8 @@ def test_an_optimizer_without_shards_still_counts_steps() -> None:
     optimizer = FlashOptimizer(_groups(), FlashOptimConfig())
     optimizer.attach([], [], "cpu")
     optimizer.step()
-    assert optimizer.param_groups[0]["step"] == 1 and optimizer.nbytes() == 0
+    assert optimizer.param_groups[0]["step"] == 1
+    assert optimizer.nbytes() == optimizer.table.nbytes() == 4
 
 
 def test_auto_rounding_follows_the_largest_beta2_of_all_rows() -> None:
@@ -286,6 +287,22 @@ def test_stochastic_bits_of_another_step_differ() -> None:
     first = shard.exp_avg_sq.clone()
     optimizer.step()
     assert not torch.equal(shard.exp_avg_sq, first)
+
+
+def test_a_skipped_step_counts_but_changes_nothing_else() -> None:
+    """As where an overflow was found on the device; the next step is not skipped by itself."""
+    shard, expected = _shard(), _shard()
+    optimizer, reference = _optimizer(shard), _optimizer(expected)
+    optimizer.table.skip.fill_(1.0)
+    _run(optimizer, 1)
+    assert_same_state(shard, _shard())
+    assert [group["step"] for group in optimizer.param_groups] == [1, 1]
+    optimizer.table.skip.zero_()
+    for group in reference.param_groups:
+        group["step"] = 1
+    _run(optimizer, 1, first=2)
+    _run(reference, 1, first=2)
+    assert_same_state(shard, expected)
 
 
 def test_nbytes_is_the_state_and_the_tables() -> None:
