@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitwise import assert_same_bits, bf16, patterns
 from shards import GROUP, GuardedShard, Parameter, is_unchanged, segments_of, tensors
+from tolerances import SETTLED_ROOT_RELATIVE
 
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.optim import adamw
@@ -82,6 +83,22 @@ def test_gradients_too_small_to_show_beside_2_to_minus_148_leave_v_zero(
     assert not shard.exp_avg_sq.any() and not shard.exp_avg_sq_scale.any()
     kept = _stepped(_one_per_group([largest_lost * 1.001]), code=code)
     assert kept.exp_avg_sq_scale == 2.0**-74 and kept.exp_avg_sq[3] == 255
+
+
+@each_code
+def test_v_settles_where_decay_and_2_to_minus_148_cancel_and_zero_stays_zero(
+    code: spec.ExpAvgSqCode,
+) -> None:
+    """Decay stalls where a step moves the scale by less than half a bf16 ulp."""
+    gradient = _one_per_group([2.0**-66])
+    gradient[5] = 2.0**-70
+    shard = _stepped(gradient, code=code)
+    shard.grad.zero_()
+    for step in range(2, 200):
+        _step(shard, AdamHyper(1.0, 0.0, 0.9, 0.9, 1e-8, step))
+    settled = (ADDED / (1 - 0.9)) ** 0.5
+    assert shard.exp_avg_sq_scale.item() == pytest.approx(settled, rel=SETTLED_ROOT_RELATIVE)
+    assert shard.exp_avg_sq[3] == 255 and shard.exp_avg_sq.count_nonzero() == 2
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
