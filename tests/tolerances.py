@@ -33,7 +33,7 @@ DRIFT_RELATIVE_L2 = {
 # Mean of sqrt(v) over its exact value, minus 1, in the same runs: 0.00 to 0.01 there.
 DRIFT_BIAS = 0.03
 
-# Where sqrt(v) settles without gradients, at beta2 0.9 and nearest scales: x times the root at which
+# Where sqrt(v) settles without gradients, at beta2 0.9 and nearest scales: x times the root where
 # decay and what a step adds cancel. A step moves it by (1/x^2 - 1) / 20, which stalls below half a
 # bf16 ulp, 2^-8 at most: for x above 0.963.
 SETTLED_ROOT_RELATIVE = 0.04
