@@ -3,8 +3,8 @@
 
 First a gate: the compiled kernel must agree bit for bit with the plain PyTorch reference, or
 nothing is timed. Then, in one run on the same device: a device-to-device copy (the ceiling), this
-project's step, flashoptim's fused step where the package is importable, and torch's fused AdamW on
-fp32 followed by a copy to bf16.
+project's step, flashoptim's fused step where the package is importable, and on fp32, followed by a
+copy to bf16, torch's fused AdamW and Transformer Engine's FusedAdam where that is importable.
 
     python scripts/bench_step.py --json step.json
     python scripts/bench_step.py --numel 1e6 4e6 40e6 --params 300 --grad-dtype bf16
@@ -263,6 +263,25 @@ class Bench:
         # fp32 weight, two moments: read and written; gradient read; weight read, bf16 written.
         self._add("torch AdamW(fused) + bf16 copy", numel, [launch], 34.0, "fp32", 32)
 
+    def transformer_engine(self, numel: int) -> None:
+        """Measure Transformer Engine's FusedAdam on fp32 plus a copy of the weights to bf16."""
+        try:
+            from transformer_engine.pytorch.optimizers import FusedAdam
+        except ImportError:
+            return
+        weight = torch.nn.Parameter(torch.randn(numel, device="cuda"))
+        weight.grad = torch.randn_like(weight)
+        low = torch.empty(numel, dtype=torch.bfloat16, device="cuda")
+        optimizer = FusedAdam([weight], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+        def launch() -> None:
+            optimizer.step()
+            low.copy_(weight.detach())
+
+        version = importlib.metadata.version("transformer-engine")
+        what = f"TE {version} FusedAdam + bf16 copy"
+        self._add(what, numel, [launch], 34.0, "fp32", 32)
+
     def _add(
         self,
         what: str,
@@ -393,6 +412,7 @@ def main() -> None:
             for grad in options.grad_dtype:
                 bench.flashoptim(numel, grad)
             bench.torch_fused(numel)
+            bench.transformer_engine(numel)
     if options.json:
         report = {"environment": where, "checked": checked, "rows": [asdict(r) for r in bench.rows]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
