@@ -184,11 +184,12 @@ class Trained:
         sums: list[torch.Tensor] = []
         for tensor in self.tensors():
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            for chunk in flat.split(1 << 24):
+            for chunk in torch.split(flat, 1 << 24):
                 values = chunk.to(torch.int64)
                 places = torch.arange(1, len(chunk) + 1, device=chunk.device)
                 sums += [values.sum(), (values * places).sum()]
-        return torch.stack(sums).tolist()
+        found: list[int] = torch.stack(sums).tolist()
+        return found
 
     def overwrite(self) -> None:
         """Replace weights and state by ones, which no checkpoint holds."""

@@ -265,10 +265,9 @@ class Bench:
 
     def transformer_engine(self, numel: int) -> None:
         """Measure Transformer Engine's FusedAdam on fp32 plus a copy of the weights to bf16."""
-        try:
-            from transformer_engine.pytorch.optimizers import FusedAdam
-        except ImportError:
+        if importlib.util.find_spec("transformer_engine") is None:
             return
+        FusedAdam = importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam
         weight = torch.nn.Parameter(torch.randn(numel, device="cuda"))
         weight.grad = torch.randn_like(weight)
         low = torch.empty(numel, dtype=torch.bfloat16, device="cuda")

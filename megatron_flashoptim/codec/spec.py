@@ -28,7 +28,7 @@ EXP_AVG_LIMIT: Final = 2.0**100
 # in, so that neither the square of a small gradient nor its root's remainder is subnormal.
 STEP_UNIT: Final = 2.0**-24
 # Added to every second moment, in those units: its root is exact without a branch for zero, and
-# is the root of this number, 2^-74 in plain units, exactly where the moment is zero.
+# is the root of this number, 2^-74 in plain units, where the moment is zero or next to it.
 STEP_EXP_AVG_SQ_ZERO: Final = 2.0**-100
 
 # Code of the root r of the second moment relative to the group's largest: in proportion to r (the
