@@ -328,6 +328,9 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
             op=torch.distributed.ReduceOp.MAX,
             group=self.get_grad_stats_parallel_group(),
         )
+        if not self.is_stub_optimizer:
+            # A step launched in spite of an overflow changes nothing.
+            self.optimizer.table.skip.copy_(self.found_inf)
         return bool(self.found_inf.item() > 0)
 
     def _copy_main_params_to_model_params(self) -> None:

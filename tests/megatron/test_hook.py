@@ -66,7 +66,7 @@ REFUSED = {
     "--use-megatron-fsdp": ("--use-megatron-fsdp", "drop the flag"),
     "--use-torch-fsdp2": ("--use-torch-fsdp2", "drop the flag"),
     "--fp8-param-gather": ("--fp8-param-gather", "drop the flag"),
-    "--optimizer-cuda-graph --log-num-zeros-in-grad": ("--optimizer-cuda-graph", "drop the flag"),
+    "--optimizer-cuda-graph --log-num-zeros-in-grad": ("--log-num-zeros-in-grad", "drop one"),
     "--qk-clip": ("--qk-clip", "drop the flag"),
     "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
     "--overlap-param-gather-with-optimizer-step": ("--overlap-param-gather-with", "drop the flag"),

@@ -125,8 +125,8 @@ def test_peak_host_memory_is_that_of_the_local_shard(tmp_path: Path) -> None:
     for rank in flash:
         assert rank["save"]["memory"] < local_shard + planning
         assert rank["load"]["memory"] < local_shard + planning
-    # Stock gathers 12 bytes a parameter, and copies them.
-    assert all(rank["save"]["memory"] > 24 * numel for rank in stock)
+    # Stock gathers 12 bytes a parameter on one rank.
+    assert max(rank["save"]["memory"] for rank in stock) > 12 * numel
 
 
 def _items(**options: Any) -> tuple[int, int, int]:
