@@ -6,7 +6,7 @@ random numbers and steps the optimizer. First the checks: a step must not make t
 the device, and steps replayed from a CUDA graph through Megatron's own wrapper must give every bit
 that the same steps give without. Then the times, beside the floor: one pass over the gradients for
 the norm, and one over everything the fused step reads and writes, both at the bandwidth of a
-device-to-device copy. The default model has 1.3 billion parameters.
+device-to-device copy. The default model has 1.4 billion parameters.
 
     python scripts/bench_optimizer_step.py --json optimizer_step.json
 

@@ -21,6 +21,7 @@ from megatron_flashoptim.codec import (
     decode_exp_avg_sq,
     encode_exp_avg,
     encode_exp_avg_sq,
+    split_master,
 )
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
 from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, EXP_AVG_SQ_SCALE
@@ -46,6 +47,32 @@ def convert_correction(saved: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rounded = (saved.to(torch.int32) + 0x80) >> 8
         return rounded.clamp(max=127).to(torch.int8)
     raise ValueError(f"cannot convert a correction from {saved.dtype} to {dtype}")
+
+
+def split_beside(
+    master: torch.Tensor, high: torch.Tensor, *, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split masters, keeping bf16 weights that hold them already.
+
+    Rounding a master of more bits could carry into the weight, which other ranks hold too. So a
+    weight within half its ulp of the master stays, and the correction stops short of the carry.
+
+    Args:
+        master: fp32 masters.
+        high: bf16 weights of the same shape.
+        bits: 24 or 32.
+
+    Returns:
+        ``(high, correction)``: bf16, and int8 or int16, of the shape of ``master``.
+    """
+    split_high, split_correction = split_master(master, bits=bits)
+    assert split_correction is not None
+    shift, half, most = (8, 0x80, 127) if bits == 24 else (0, 0, 0x7FFF)
+    pattern = high.contiguous().view(torch.int16).to(torch.int64) << 16
+    rest = master.contiguous().view(torch.int32).to(torch.int64) - pattern
+    keeps = (rest >= -0x8000) & (rest <= 0x7FFF + half) & master.isfinite()
+    correction = torch.where(keeps, ((rest + half) >> shift).clamp(max=most), split_correction)
+    return torch.where(keeps, high, split_high), correction.to(split_correction.dtype)
 
 
 def regroup(

@@ -55,6 +55,10 @@ def check_files_together(folder: str | Path) -> None:
             check_files(folder)
         except ValueError as problem:
             verdict[0] = str(problem)
+        except Exception as problem:  # the other ranks wait for a verdict, whatever happened
+            verdict[0] = (
+                f"the checkpoint in {folder} cannot be read: {type(problem).__name__}: {problem}"
+            )
     torch.distributed.broadcast_object_list(verdict, src=0)
     if verdict[0] is not None:
         raise ValueError(verdict[0])

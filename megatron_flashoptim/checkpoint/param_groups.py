@@ -13,6 +13,8 @@ from typing import Any
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 _EXPERTS = "is_expert_parallel"
+# What a group of the run keeps when it takes over one of a checkpoint.
+OWN = ("params", _EXPERTS)
 
 Group = dict[str, Any]
 

@@ -17,7 +17,12 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_flashoptim.checkpoint import loading, param_groups
 from megatron_flashoptim.checkpoint import metadata as flash_metadata
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
-from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.conversion import (
+    SCALE_OF,
+    decode_moment,
+    encode_moment,
+    split_beside,
+)
 from megatron_flashoptim.checkpoint.model_space import ModelSpace, OwnedRange
 from megatron_flashoptim.checkpoint.pieces import pieces_of
 from megatron_flashoptim.codec import join_master, split_master
@@ -76,7 +81,7 @@ class FlashCheckpointing(_Base):
         saved = state_dict["optimizer"]["param_groups"]
         self.optimizer.load_param_groups(
             [
-                {key: value for key, value in group.items() if key != "params"}
+                {key: value for key, value in group.items() if key not in param_groups.OWN}
                 for group in param_groups.match(current, saved)
             ]
         )
@@ -203,7 +208,14 @@ class FlashCheckpointing(_Base):
         item, shard = self._located(model_param)
         elements = slice(item.start, item.end)
         device = shard.param.device
-        self._set_master(item, tensors[_PARAM].to(device=device, dtype=torch.float32))
+        master = tensors[_PARAM].to(device=device, dtype=torch.float32)
+        if shard.correction is None:
+            shard.param[elements].copy_(master)
+        else:
+            # The model's weights are loaded before the optimizer, on every rank alike.
+            high, correction = split_beside(master, shard.param[elements], bits=shard.master_bits)
+            shard.param[elements].copy_(high)
+            shard.correction[elements].copy_(correction)
         state = dict(shard.state())
         for moment, scale in SCALE_OF.items():
             if moment in state:

@@ -123,6 +123,12 @@ RULES = (
         "flash state is not mapped to the others; use one of these",
     ),
     Rule(
+        "non_persistent_ckpt_type",
+        lambda value: value == "local",
+        "--non-persistent-ckpt-type local",
+        "Megatron loads local checkpoints without the description of the state; use global",
+    ),
+    Rule(
         "yaml_cfg",
         lambda value: value is not None,
         "--yaml-cfg",
@@ -150,6 +156,12 @@ CUDA_GRAPH_RULES = (
         math.isfinite,
         "--grad-norm-skip-threshold",
         "whether to skip a step is decided on the host; drop one of the two",
+    ),
+    Rule(
+        "cuda_graph_warmup_steps",
+        lambda value: value < 1,
+        "--cuda-graph-warmup-steps 0",
+        "the step to capture must have run once before; use 1 or more",
     ),
     Rule(
         "weight_decay_incr_style",

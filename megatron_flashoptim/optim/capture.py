@@ -8,7 +8,6 @@ in. The rest of a param group is fixed when the step is captured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -20,66 +19,80 @@ from megatron_flashoptim.optim.hyper import HyperTable
 class DeviceHyper:
     """Fills a hyper-parameter table without the host.
 
-    Turns ``lr`` of every param group into an fp64 scalar tensor on the device, which Megatron's
-    scheduler fills in place.
+    ``lr`` of every param group becomes an fp64 scalar tensor on the device, which Megatron's
+    scheduler fills in place. Decay rates, ``eps`` and weight decay are taken from the param groups
+    at each step that is not captured; a captured one keeps those of the step before it.
 
     Args:
+        optimizer: its param groups have the entries of ``torch.optim.AdamW`` and ``step``.
         table: the table, of one row per entry of ``row_groups``.
-        param_groups: param groups as of ``torch.optim.AdamW``, with ``step``.
         row_groups: for each row, the index of its param group.
     """
 
     def __init__(
-        self,
-        table: HyperTable,
-        param_groups: Sequence[dict[str, Any]],
-        row_groups: Sequence[int],
+        self, optimizer: torch.optim.Optimizer, table: HyperTable, row_groups: Sequence[int]
     ) -> None:
+        self._optimizer = optimizer
         self._table = table
-        self._param_groups = param_groups
-        self._rows = [param_groups[index] for index in row_groups]
         device = table.keys.device
-        for group in param_groups:
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
-        self.step = torch.zeros(len(table), dtype=torch.int64, device=device)
-        self._betas = self._column([group["betas"] for group in self._rows])
-        self._eps = self._column([group["eps"] for group in self._rows])
-        self._weight_decay = self._column([group["weight_decay"] for group in self._rows])
-
-    def _column(self, values: Sequence[Any]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.step.device)
+        self._row_groups = torch.tensor(row_groups, dtype=torch.int64, device=device)
+        groups = len(optimizer.param_groups)
+        self._step = torch.zeros(groups, dtype=torch.int64, device=device)
+        # beta1, beta2, eps and weight decay of each param group.
+        self._constants = torch.zeros(groups, 4, dtype=torch.float64, device=device)
+        self._known: list[tuple[float, ...]] = []
+        self.load()
 
     def load(self) -> None:
-        """Take over step numbers and weight decay of the param groups, after they were loaded."""
-        self.step.copy_(torch.tensor([group["step"] for group in self._rows], dtype=torch.int64))
-        self._weight_decay.copy_(self._column([group["weight_decay"] for group in self._rows]))
+        """Take over what the param groups say, after they were made or loaded."""
+        steps = [group["step"] for group in self._optimizer.param_groups]
+        self._step.copy_(torch.tensor(steps, dtype=torch.int64))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for group in self._optimizer.param_groups:
+            if not isinstance(group["lr"], torch.Tensor):
+                group["lr"] = torch.tensor(
+                    float(group["lr"]), dtype=torch.float64, device=self._step.device
+                )
+        constants = [
+            (*group["betas"], group["eps"], group["weight_decay"])
+            for group in self._optimizer.param_groups
+        ]
+        if constants != self._known:
+            self._constants.copy_(torch.tensor(constants, dtype=torch.float64))
+            self._known = constants
 
     def store(self) -> None:
         """Write the step number to the param groups, for a checkpoint; waits for the device."""
-        for group, step in zip(self._rows, self.step.tolist(), strict=True):
+        for group, step in zip(self._optimizer.param_groups, self._step.tolist(), strict=True):
             group["step"] = step
 
     def advance(self, seed: int) -> None:
         """Count a step and fill the table for it, as ``HyperTable.fill`` would."""
-        if not self._rows:
+        if not (self._step.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._refresh()
+        self._step += 1
+        if not len(self._table):
             return
-        self.step += 1
-        lr = torch.stack([group["lr"] for group in self._rows])
-        beta1, beta2 = self._betas.unbind(dim=1)
-        step = self.step.to(torch.float64)
+        rows = self._row_groups
+        step = self._step[rows]
+        lr = torch.stack([group["lr"] for group in self._optimizer.param_groups])[rows]
+        beta1, beta2, eps, weight_decay = self._constants[rows].unbind(dim=1)
+        exponent = step.to(torch.float64)
         values = [
-            lr / (1.0 - beta1**step),
-            lr * self._weight_decay,
+            lr / (1.0 - beta1**exponent),
+            lr * weight_decay,
             beta1,
             1.0 - beta1,
             beta2.sqrt(),
             (1.0 - beta2).sqrt(),
-            self._eps,
-            (1.0 - beta2**step) ** -0.5,
+            eps,
+            (1.0 - beta2**exponent) ** -0.5,
         ]
         self._table.values[:, : len(values)].copy_(torch.stack(values, dim=1))
         for column, stream in (
             (columns.KEY_EXP_AVG_SQ, spec.STREAM_EXP_AVG_SQ),
             (columns.KEY_MASTER, spec.STREAM_MASTER),
         ):
-            self._table.keys[:, column].copy_(rounding.launch_keys(seed, self.step, stream))
+            self._table.keys[:, column].copy_(rounding.launch_keys(seed, step, stream))

@@ -10,6 +10,9 @@ from megatron_flashoptim.codec import spec
 FlashOptimizerName = Literal["flash_adamw"]
 RoundingPolicy = Literal["auto", "nearest", "stochastic"]
 
+# The most that rounding to the nearest bf16 moves a scale, relative to it.
+_HALF_ULP_OF_SCALE = 2.0**-8
+
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(FlashOptimizerName)
 ROUNDING_POLICIES: tuple[str, ...] = get_args(RoundingPolicy)
 
@@ -56,18 +59,16 @@ class FlashOptimConfig:
     def resolve_rounding(self, beta2: float) -> spec.Rounding:
         """Return the rounding of the second moment for a given beta2.
 
-        A step without gradient takes the root of v down by a share (1 - beta2) / 2, and a code q
-        by q times that, or half of it for the "fourth_root" code. With nearest rounding q decays
-        only if that is more than half a code. "auto" keeps nearest, which has the smaller error,
-        while the top code 255 can still decay, that is for ``beta2 < 1 - 1/255`` ("fourth_root":
-        ``1 - 2/255``); beyond, v would only ever grow.
+        A step without gradient takes the root of v down by a share (1 - beta2) / 2. The largest
+        element of a group has the top code always, so that its loss must show in the group's
+        bf16 scale, of which half an ulp is 2^-9 to 2^-8 of it. "auto" keeps nearest, which has the
+        smaller error, where the loss is more than two of these, that is for
+        ``beta2 < 1 - 2^-6 = 0.984``; from there on v lags behind its decay, and above 0.992 it
+        would only ever grow. Codes below the top stall later. See docs/stress-grid.md.
         """
         if self.rounding != "auto":
             return self.rounding
-        decay_of_top_code = spec.EXP_AVG_SQ_MAX_CODE * (1.0 - beta2) / 2.0
-        if self.exp_avg_sq_code == "fourth_root":
-            decay_of_top_code /= 2.0
-        return "nearest" if decay_of_top_code > 0.5 else "stochastic"
+        return "nearest" if (1.0 - beta2) / 2.0 > 2 * _HALF_ULP_OF_SCALE else "stochastic"
 
 
 def _check_choice(flag: str, value: Any, choices: tuple[Any, ...]) -> None:

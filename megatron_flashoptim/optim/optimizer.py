@@ -76,7 +76,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.row_groups = list(row_groups)
         self.table = HyperTable(len(self.row_groups), device)
         if self._capturable:
-            self._device_hyper = DeviceHyper(self.table, self.param_groups, self.row_groups)
+            self._device_hyper = DeviceHyper(self, self.table, self.row_groups)
 
     def load_param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update each param group with the values given for it."""
@@ -85,6 +85,12 @@ class FlashOptimizer(torch.optim.Optimizer):
             group.update(values)
             if isinstance(lr, torch.Tensor) and "lr" in values:
                 group["lr"] = lr.fill_(float(values["lr"]))
+        if self._device_hyper is not None:
+            self._device_hyper.load()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load param groups, as PyTorch does."""
+        super().load_state_dict(state_dict)
         if self._device_hyper is not None:
             self._device_hyper.load()
 

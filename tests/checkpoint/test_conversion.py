@@ -13,6 +13,7 @@ from megatron_flashoptim.checkpoint.conversion import (
     decode_moment,
     encode_moment,
     regroup,
+    split_beside,
 )
 from megatron_flashoptim.codec import join_master, split_master
 
@@ -86,3 +87,21 @@ def test_groups_of_several_scales_are_encoded_again_within_the_bound(
     assert ((got - want).abs() <= per_element * BOUND[moment] * (1 + 2**-20)).all()
     same = (element_scales.view(torch.int16).view(-1, 8) == 0).all()
     assert not same
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_masters_split_beside_their_weights_leave_these_alone(bits: int) -> None:
+    """Also where rounding would carry, one value in 512; weights of other values are replaced."""
+    generator = torch.Generator().manual_seed(0)
+    master = torch.randn(1 << 16, generator=generator)
+    weight, _ = split_master(master, bits=32)
+    high, correction = split_beside(master, weight, bits=bits)
+    assert torch.equal(high, weight)
+    joined = join_master(high, correction)
+    quantum = torch.where(joined == 0, 1.0, joined.abs()) * (2.0**-15 if bits == 24 else 0.0)
+    assert ((joined - master).abs() <= quantum).all()
+    carried = split_master(master, bits=bits)[0] != weight
+    assert carried.any() == (bits == 24)
+    strange, correction = split_beside(master, torch.zeros_like(weight), bits=bits)
+    expected, expected_correction = split_master(master, bits=bits)
+    assert torch.equal(strange, expected) and torch.equal(correction, expected_correction)

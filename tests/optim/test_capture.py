@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron_flashoptim.optim import FlashOptimConfig, FlashOptimizer
-from megatron_flashoptim.optim.capture import DeviceHyper
 from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
 
 GROUPS: list[dict[str, Any]] = [
@@ -24,31 +23,68 @@ def _host_row(group: dict[str, Any], lr: float, step: int) -> AdamHyper:
     return AdamHyper(lr, group["weight_decay"], beta1, beta2, group["eps"], step)
 
 
-@pytest.mark.parametrize("seed", [0, 1234, 2**63 + 5])
-def test_every_bit_equals_the_host_s_table_over_many_steps(seed: int) -> None:
-    groups = [dict(group) for group in GROUPS]
-    table, expected = HyperTable(len(ROWS), "cpu"), HyperTable(len(ROWS), "cpu")
-    device = DeviceHyper(table, groups, ROWS)
-    for step in range(1, 200):
-        rates = [0.7**step * GROUPS[index]["lr"] for index in range(3)]
-        for group, lr in zip(groups, rates, strict=True):
-            group["lr"].fill_(lr)
-        device.advance(seed)
-        expected.fill([_host_row(GROUPS[row], rates[row], step) for row in ROWS], seed=seed)
-        assert torch.equal(table.keys, expected.keys), step
-    device.store()
-    assert [group["step"] for group in groups] == [199] * 3
-
-
-def _optimizer(capturable: bool) -> FlashOptimizer:
+def _optimizer(
+    capturable: bool, seed: int = 0, rows: tuple[int, ...] = ROWS, **defaults: Any
+) -> FlashOptimizer:
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in GROUPS]
     optimizer = FlashOptimizer(
-        [{**group, "params": [param]} for group, param in zip(GROUPS, params, strict=True)],
-        FlashOptimConfig(),
+        [
+            {**group, **defaults, "params": [param]}
+            for group, param in zip(GROUPS, params, strict=True)
+        ],
+        FlashOptimConfig(seed=seed),
         capturable=capturable,
     )
-    optimizer.attach([], ROWS, "cpu")
+    optimizer.attach([], rows, "cpu")
     return optimizer
+
+
+@pytest.mark.parametrize("seed", [0, 1234, 2**63 + 5])
+def test_every_bit_equals_the_host_s_table_over_many_steps(seed: int) -> None:
+    optimizer = _optimizer(True, seed)
+    expected = HyperTable(len(ROWS), "cpu")
+    for step in range(1, 200):
+        rates = [0.7**step * group["lr"] for group in GROUPS]
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"].fill_(lr)
+        optimizer.step()
+        expected.fill([_host_row(GROUPS[row], rates[row], step) for row in ROWS], seed=seed)
+        assert torch.equal(optimizer.table.keys, expected.keys), step
+    assert [group["step"] for group in optimizer.plain_param_groups()] == [199] * 3
+
+
+def test_what_a_scheduler_writes_on_the_host_reaches_the_device() -> None:
+    """Weight decay before the first step and after some, and a learning rate put as a number."""
+    ours, expected = _optimizer(True), _optimizer(False)
+    for decay in (0.0, 0.2, 0.2, 0.7):
+        for optimizer in (ours, expected):
+            optimizer.param_groups[0]["weight_decay"] = decay
+            optimizer.param_groups[1]["lr"] = 1e-2 * decay
+            optimizer.step()
+        assert torch.equal(ours.table.keys, expected.table.keys)
+
+
+@pytest.mark.parametrize("rows", [(), (1,)])
+def test_groups_without_a_row_on_this_rank_count_their_steps_too(rows: tuple[int, ...]) -> None:
+    """The rank that writes the common part of a checkpoint may own nothing of a group."""
+    optimizer = _optimizer(True, rows=rows)
+    for _ in range(3):
+        optimizer.step()
+    assert [group["step"] for group in optimizer.plain_param_groups()] == [3] * 3
+
+
+def test_loaded_decay_rates_and_eps_are_used() -> None:
+    source = _optimizer(False)
+    source.step()
+    groups = source.plain_param_groups()
+    other = {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 0.9}
+    loaded, through_torch = _optimizer(True, **other), _optimizer(True, **other)
+    loaded.load_param_groups(groups)
+    through_torch.load_state_dict(source.state_dict())
+    for optimizer in (source, loaded, through_torch):
+        optimizer.step()
+    assert torch.equal(loaded.table.keys, source.table.keys)
+    assert torch.equal(through_torch.table.keys, source.table.keys)
 
 
 def test_param_groups_are_saved_as_plain_values_and_loaded_on_the_device() -> None:
