@@ -1,7 +1,8 @@
 """State of Megatron's own Adam, read from its checkpoint and encoded parameter by parameter.
 
 Stock keeps fp32 masters and moments, as ``optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`` in the
-parameters' shapes (``fully_reshardable``) or as flat buckets (``dp_reshardable``). A rank reads its
+parameters' shapes (``fully_reshardable``), cut and flattened (``fully_sharded_model_space``, of
+releases before 0.16) or as flat buckets (``dp_reshardable``). A rank reads its
 own range of one tensor, encodes it in place and goes on to the next.
 
 The master wins over the model weight beside it: where 24 bits round up to half a bf16 ulp (2 in
@@ -11,6 +12,8 @@ the weight would move the master instead, the one of the two that carries the tr
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +22,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
-from megatron_flashoptim.checkpoint.boxes import view_of_box
+from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
 from megatron_flashoptim.checkpoint.model_space import PREFIX, ModelSpace, OwnedRange
@@ -28,8 +31,9 @@ from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ, BucketShard
 
-# Stock's name of the master weight.
+# Stock's name of the master weight, and that of the older sharding type.
 MASTER = "param"
+_OLDER_MASTER = "fp32_param"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 # Elements encoded at once, whole groups; the codec's temporary tensors are a few times as large.
 _AT_ONCE = 1 << 18
@@ -67,6 +71,7 @@ class StockRange:
         shard: the bucket shard they go to.
         start, end: element range in the shard; ``start`` is at a whole group.
         parts: the boxes that make up the range.
+        master: the checkpoint's name of the master weight.
     """
 
     name: str
@@ -74,6 +79,7 @@ class StockRange:
     start: int
     end: int
     parts: Sequence[StockPart]
+    master: str = MASTER
 
 
 @dataclass
@@ -209,10 +215,18 @@ def tell_folder(sharded_state_dict: object, folder: str) -> None:
             value.obj.folder = str(folder)
 
 
-def ranges_of_model(space: ModelSpace) -> list[StockRange]:
-    """Return where ``fully_reshardable`` has this rank's state."""
+def ranges_of_model(space: ModelSpace, *, older: bool = False) -> list[StockRange]:
+    """Return where ``fully_reshardable`` has this rank's state.
+
+    Args:
+        space: what this rank owns.
+        older: for ``fully_sharded_model_space``, see ``_read_fragments``.
+    """
+    master = _OLDER_MASTER if older else MASTER
     return [
-        StockRange(_name(owned), owned.shard, owned.start, owned.end, list(_model_parts(owned)))
+        StockRange(
+            _name(owned), owned.shard, owned.start, owned.end, list(_model_parts(owned)), master
+        )
         for owned in space.ranges
     ]
 
@@ -302,8 +316,12 @@ def _read(owned: StockRange, reader: StockReader, kind: str) -> torch.Tensor:
     """Return one kind of state of a range, flat fp32 in host memory."""
     flat = torch.zeros(owned.end - owned.start, dtype=torch.float32)
     for part in owned.parts:
-        key = reader.find(part.key.replace("{kind}", kind))
+        name = owned.master if kind == MASTER else kind
+        key = reader.find(part.key.replace("{kind}", name))
         saved = reader.shape(key)
+        if owned.master == _OLDER_MASTER and len(saved) == len(part.shape) + 1:
+            _read_fragments(part, part.place(flat), key, reader)
+            continue
         if saved != part.shape and not part.allow_shape_mismatch:
             raise ValueError(
                 f"{key} has the shape {saved} in the checkpoint and {part.shape} in this run"
@@ -313,14 +331,59 @@ def _read(owned: StockRange, reader: StockReader, kind: str) -> torch.Tensor:
     return flat
 
 
+def _read_fragments(part: StockPart, target: torch.Tensor, key: str, reader: StockReader) -> None:
+    """Read a box of a tensor that ``fully_sharded_model_space`` has cut and flattened.
+
+    A tensor of shape (X, Y) that ranks held as (x, y) each is saved as (X / x, Y / y, x * y): which
+    fragment, and which element of it.
+    """
+    *counts, numel = reader.shape(key)
+    if math.prod(part.shape) != math.prod(counts) * numel or any(
+        size % count for size, count in zip(part.shape, counts, strict=True)
+    ):
+        raise ValueError(
+            f"{key} has {math.prod(counts)} fragments of {numel} elements in the checkpoint, which "
+            f"do not make up the shape {part.shape} of this run"
+        )
+    shape = tuple(size // count for size, count in zip(part.shape, counts, strict=True))
+    wanted = Box(part.offset, tuple(target.shape))
+    spans = (
+        range(first // extent, -(-(first + length) // extent))
+        for first, length, extent in zip(wanted.offset, wanted.shape, shape, strict=True)
+    )
+    for fragment in itertools.product(*spans):
+        origin = tuple(a * b for a, b in zip(fragment, shape, strict=True))
+        common = wanted.intersect(Box(origin, shape))
+        assert common is not None
+        inside = common.relative_to(origin)
+        ends = (a + b - 1 for a, b in zip(inside.offset, inside.shape, strict=True))
+        first = _flat_number(inside.offset, shape)
+        covering = torch.zeros(_flat_number(ends, shape) + 1 - first, dtype=torch.float32)
+        cut = (*(1,) * len(fragment), covering.numel())
+        reader.read_into(covering.view(cut), key, (*fragment, first))
+        into = target
+        for dim, (a, b) in enumerate(
+            zip(common.relative_to(wanted.offset).offset, common.shape, strict=True)
+        ):
+            into = into.narrow(dim, a, b)
+        into.copy_(view_of_box(covering, shape, first, inside))
+
+
+def _flat_number(index: Iterable[int], shape: Sequence[int]) -> int:
+    number = 0
+    for position, extent in zip(index, shape, strict=True):
+        number = number * extent + position
+    return number
+
+
 def _belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the weights are the masters, rounded to nearest, ties to even or away."""
     for start in range(0, master.numel(), _AT_ONCE):
         exact = master[start : start + _AT_ONCE]
         rounded = weight[start : start + _AT_ONCE].cpu()
         same = exact.isnan() & rounded.isnan()
-        if rounded.dtype == torch.float32:
-            same |= exact == rounded
+        if rounded.dtype == torch.float32:  # of a run in fp32, or saved as bf16 by one that was not
+            same |= (exact == rounded) | (exact.to(torch.bfloat16).to(torch.float32) == rounded)
         else:
             # Transformer Engine's int16 remainders round ties away from zero.
             away, _ = split_master(exact, bits=32)

@@ -37,12 +37,17 @@ class StockReader:
     def find(self, pattern: str) -> str:
         """Return the key that a pattern with at most one ``*`` stands for.
 
-        Without such a tensor, the pattern, which then names it in errors.
+        A key without may have ``chained_N.`` in front, as Megatron's chains had once. Without
+        such a tensor, returns the pattern, which then names it in errors.
         """
+        if pattern in self._tensors:
+            return pattern
         if pattern not in self._found:
             begin, star, end = pattern.partition("*")
+            if not star:
+                begin, end = "chained_", f".{pattern}"
             keys = (key for key in self._tensors if key.startswith(begin) and key.endswith(end))
-            self._found[pattern] = next(keys, pattern) if star else pattern
+            self._found[pattern] = next(keys, pattern)
         return self._found[pattern]
 
     def shape(self, key: str) -> tuple[int, ...]:

@@ -116,9 +116,10 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 format or bucket layout.
         """
         content = kwargs.get("metadata")
-        metadata.check_sharding_type(content)
         if is_loading and metadata.KEY not in (content or {}):
+            metadata.check_stock_sharding_type(content)
             return self._stock_state_dict(content or {}, model_sharded_state_dict)
+        metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
         if members:
             assert content is not None  # it has a sharding type

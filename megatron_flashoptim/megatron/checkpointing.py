@@ -120,7 +120,10 @@ class FlashCheckpointing(_Base):
                 for item in self.shard_params
             )
             return ranges_of_buckets(self.bucket_space(), owned, prefix)
-        return ranges_of_model(self.model_space(model_sharded_state_dict))
+        return ranges_of_model(
+            self.model_space(model_sharded_state_dict),
+            older=sharding_type == flash_metadata.FULLY_SHARDED_MODEL_SPACE,
+        )
 
     def stock_groups(self, prefix: str) -> ShardedObject:
         """Return what reads the param groups of Megatron's Adam in ``dp_reshardable``."""
