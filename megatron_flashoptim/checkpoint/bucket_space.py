@@ -63,7 +63,7 @@ class BucketSpace:
         ``optimizer.distributed.dp_group_idx_I.gbuf_idx_J.bucket_idx_K.NAME``.
         """
         prefix = f"optimizer.distributed.dp_group_idx_{self.dp_group_index}"
-        for name, bucket, shard in self._buckets():
+        for name, bucket, shard in self.named_buckets():
             unpadded = -(-bucket.numel_unpadded // GROUP_SIZE) * GROUP_SIZE
             for state_name, tensor in shard.state():
                 total = unpadded // (GROUP_SIZE if state_name in GROUP_STATE else 1)
@@ -85,7 +85,8 @@ class BucketSpace:
                     ),
                 )
 
-    def _buckets(self) -> Iterator[tuple[str, Any, BucketShard]]:
+    def named_buckets(self) -> Iterator[tuple[str, Any, BucketShard]]:
+        """Yield the key part, ``gbuf_idx_J.bucket_idx_K``, Megatron's bucket and our shard."""
         buckets = (
             (f"gbuf_idx_{gbuf_index}.bucket_idx_{bucket_index}", bucket)
             for gbuf_index, buffer in enumerate(self.buffers)

@@ -17,7 +17,10 @@ KEY = "flashoptim"
 SHARDING_TYPE = "distrib_optim_sharding_type"
 DP_RESHARDABLE = "dp_reshardable"
 FULLY_RESHARDABLE = "fully_reshardable"
+FULLY_SHARDED_MODEL_SPACE = "fully_sharded_model_space"
 SUPPORTED_SHARDING_TYPES = (DP_RESHARDABLE, FULLY_RESHARDABLE)
+# Of Megatron's own Adam, to be converted.
+STOCK_SHARDING_TYPES = (*SUPPORTED_SHARDING_TYPES, FULLY_SHARDED_MODEL_SPACE)
 
 # Fields of FlashOptimConfig that the stored format depends on, each with the value of checkpoints
 # older than the field.
@@ -69,7 +72,8 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -
     if saved is None:
         raise ValueError(
             "the checkpoint holds no flash optimizer state (it was written by another optimizer). "
-            "Load the weights alone with --no-load-optim --no-load-rng, or --finetune"
+            "Megatron's Adam is converted from --ckpt-format torch_dist only. Load the weights "
+            "alone with --no-load-optim --no-load-rng, or --finetune"
         )
     if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
         raise ValueError(f"the checkpoint's {KEY} metadata has no version: {saved!r}")
@@ -101,6 +105,22 @@ def check_sharding_type(content: dict[str, Any] | None) -> None:
         raise ValueError(
             f"flash optimizer state cannot be saved in or loaded from the sharding type "
             f"{sharding_type!r}; supported: {', '.join(SUPPORTED_SHARDING_TYPES)}"
+        )
+
+
+def check_stock_sharding_type(content: dict[str, Any] | None) -> None:
+    """Refuse a sharding type that Megatron's Adam is not converted from.
+
+    Raises:
+        ValueError: names the type and the supported ones.
+    """
+    sharding_type = (content or {}).get(SHARDING_TYPE)
+    if sharding_type not in STOCK_SHARDING_TYPES:
+        raise ValueError(
+            f"the checkpoint has no flash optimizer state, and Megatron's Adam is not converted "
+            f"from the sharding type {sharding_type!r}; supported: "
+            f"{', '.join(STOCK_SHARDING_TYPES)}. Load the weights alone with --no-load-optim "
+            "--no-load-rng, or --finetune"
         )
 
 

@@ -17,5 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     memory.add_parser(commands)
-    options = parser.parse_args(argv)
+    options, more = parser.parse_known_args(argv)
+    if more and not getattr(options, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.more = more
     return int(options.run(options))

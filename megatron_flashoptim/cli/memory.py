@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS
+from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY
+
+if TYPE_CHECKING:
+    from megatron_flashoptim.megatron.planner import RunSize, StageSize
 
 GIB = 2**30
 
@@ -68,17 +73,79 @@ def render(parameters: float, data_parallel_size: int, grad_bytes: int) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Bytes per element of one optimizer.
+
+    Attributes:
+        name: what it is.
+        flash: whether buffers and shards are laid out as ours.
+        state: bytes per owned element, with fp32 and with bf16 gradients.
+    """
+
+    name: str
+    flash: bool
+    state: tuple[float, float]
+
+
+def variants() -> list[Variant]:
+    """Return the optimizers side by side.
+
+    Stock keeps an fp32 main gradient beside bf16 gradients. The precision-aware optimizer of
+    Transformer Engine keeps an int16 remainder of the master, and no main gradient.
+    """
+    rows = [Variant("adam (fp32 master and moments)", False, (12.0, 16.0))]
+    for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
+        rows.append(Variant(f"precision-aware, {dtype} moments", False, (2 + moments, 2 + moments)))
+    for bits in sorted(MASTER_BITS, reverse=True):
+        # And the table of segments, one int32 per tile.
+        state = flash_state_bytes(bits) + 4 / (GROUPS_PER_ENTRY * GROUP_SIZE)
+        rows.append(Variant(f"flash_adamw, {bits}-bit masters", True, (state, state)))
+    return rows
+
+
+def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> tuple[float, float, float]:
+    """Return bytes of weights, gradients and optimizer on the first rank of a pipeline stage."""
+    buffer = stage.flash_buffer if variant.flash else stage.stock_buffer
+    owned = stage.flash_shard if variant.flash else stage.owned
+    state = variant.state[0 if size.grad_bytes == 4 else 1]
+    if size.weight_bytes == 4:  # fp32 weights are the master, and have fp32 gradients
+        state = flash_state_bytes(16) if variant.flash else 8.0
+    return float(buffer * size.weight_bytes), float(buffer * size.grad_bytes), owned * state
+
+
+def render_run(size: RunSize) -> str:
+    """Return the table for Megatron's arguments, of the stage with the most parameters."""
+    stage = max(size.stages, key=lambda each: each.parameters)
+    lines = [
+        f"{stage.parameters} parameters on a rank of pipeline stage {stage.stage} of "
+        f"{len(size.stages)}, data-parallel size {size.data_parallel_size}, "
+        f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients",
+        "",
+        f"{'bytes on the rank':32} {'weights':>16} {'grads':>16} {'state':>16} {'GiB in all':>11}",
+    ]
+    for variant in variants():
+        if size.weight_bytes == 4 and variant.name.startswith("precision"):
+            continue  # it needs bf16 weights
+        parts = rank_bytes(size, stage, variant)
+        columns = " ".join(f"{part:16.0f}" for part in parts)
+        lines.append(f"{variant.name:32} {columns} {sum(parts) / GIB:11.3f}")
+    return "\n".join(lines)
+
+
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the ``memory`` command."""
     parser = commands.add_parser(
         "memory",
         help="bytes per rank of weights, gradients and optimizer state",
-        epilog="example: megatron-flashoptim memory --parameters 8e9 --data-parallel-size 16",
+        description="Give a number of parameters, or the arguments of Megatron's pretrain_gpt.py.",
+        epilog="example: megatron-flashoptim memory --parameters 8e9 --data-parallel-size 16; or "
+        "megatron-flashoptim memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--parameters",
         type=_positive(float),
-        required=True,
         help="parameters of one model-parallel rank, e.g. 8e9",
     )
     parser.add_argument(
@@ -90,10 +157,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="fp32",
         help="dtype of the gradient buffer (Megatron's default is fp32)",
     )
-    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "--gpus", type=_positive(int), help="number of GPUs, with Megatron's arguments"
+    )
+    parser.set_defaults(run=_run, takes_more=True, parser=parser)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.parameters is None:
+        if options.gpus is None or not options.more:
+            options.parser.error("give --parameters, or --gpus and Megatron's arguments")
+        from megatron_flashoptim.megatron import planner
+
+        try:
+            size = planner.plan(options.more, int(options.gpus))
+        except ValueError as problem:
+            options.parser.error(str(problem))
+        print(render_run(size))
+        return 0
+    if options.more or options.gpus is not None:
+        given = options.more[0] if options.more else "--gpus"
+        options.parser.error(f"{given} cannot be used with --parameters; give one of the two")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
     print(render(options.parameters, options.data_parallel_size, grad_bytes))
     return 0

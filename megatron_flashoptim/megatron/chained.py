@@ -7,10 +7,13 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.checkpoint import metadata
 from megatron_flashoptim.checkpoint.model_space import ModelSpace
+from megatron_flashoptim.checkpoint.stock import Report, StockLoading, StockRange
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -113,6 +116,9 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 format or bucket layout.
         """
         content = kwargs.get("metadata")
+        if is_loading and metadata.KEY not in (content or {}):
+            metadata.check_stock_sharding_type(content)
+            return self._stock_state_dict(content or {}, model_sharded_state_dict)
         metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
         if members:
@@ -137,6 +143,9 @@ class FlashChainedOptimizer(ChainedOptimizer):
         Raises:
             ValueError: the state is of another optimizer or format, or has other param groups.
         """
+        if isinstance(state_dict, dict) and _STOCK in state_dict:
+            self._load_stock(state_dict)
+            return
         if not isinstance(state_dict, dict) or _MERGED not in state_dict:
             super().load_state_dict(state_dict)
             return
@@ -144,6 +153,50 @@ class FlashChainedOptimizer(ChainedOptimizer):
         for number, member in enumerate(members):
             param_state = state_dict[_PARAM_STATE][str(number)]
             member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
+
+    def _stock_state_dict(
+        self, content: dict[str, Any], model_sharded_state_dict: Any
+    ) -> dict[str, Any]:
+        """Return what loads Megatron's Adam: param groups now, tensors after the weights."""
+        sharding_type = content[metadata.SHARDING_TYPE]
+        in_buckets = sharding_type == metadata.DP_RESHARDABLE
+        ranges: list[StockRange] = []
+        groups: dict[str, Any] = {}
+        for number, member in enumerate(self.chained_optimizers):
+            if member.is_stub_optimizer:
+                continue
+            prefix = f"chained_{number}." if len(self.chained_optimizers) > 1 else ""
+            ranges += member.stock_ranges(sharding_type, model_sharded_state_dict, prefix)
+            if in_buckets:
+                groups[str(number)] = member.stock_groups(prefix)
+        return {_STOCK: LocalNonpersistentObject(StockLoading(ranges)), _STOCK_GROUPS: groups}
+
+    def _load_stock(self, state_dict: dict[Any, Any]) -> None:
+        """Convert the state of Megatron's Adam, a collective of all ranks.
+
+        Raises:
+            ValueError: param groups differ, state is missing, or it does not belong to the
+                weights; on all ranks, whichever found it.
+        """
+        shared = _stock_groups(state_dict)
+        report = Report()
+        try:
+            for number, member in enumerate(self.chained_optimizers):
+                if not member.is_stub_optimizer:
+                    own = state_dict.get(_STOCK_GROUPS, {}).get(str(number))
+                    member.load_stock_param_groups(own["param_groups"] if own else shared)
+            local = state_dict[_STOCK].convert()
+        except ValueError as problem:
+            local = Report(problem=str(problem))
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, local)
+        for rank in everyone:
+            report.add(rank)
+        report.check()
+        # Shown at Megatron's default level: this happens once, and is not without loss.
+        log_single_rank(logger, logging.WARNING, report.text())
+        for chunk in self.model_chunks:  # ranks have moved their own part of the weights
+            chunk.start_param_sync(force_sync=True)
 
     def _check(self, content: dict[str, Any], members: list[FlashDistributedOptimizer]) -> None:
         saved = content.get(metadata.KEY)
@@ -214,6 +267,21 @@ class FlashChainedOptimizer(ChainedOptimizer):
 # expert parallelism. So all members' groups are saved as those of one, marked by this key.
 _MERGED = "flashoptim_merged"
 _PARAM_STATE = "param_state"
+# State of Megatron's own Adam that is being loaded, and its param groups in dp_reshardable.
+_STOCK = "flashoptim_stock"
+_STOCK_GROUPS = "flashoptim_stock_groups"
+
+
+def _stock_groups(state_dict: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Return the param groups of one optimizer of Megatron's, or of all in its chain."""
+    if "optimizer" in state_dict:
+        return list(state_dict["optimizer"]["param_groups"])
+    chained = sorted(key for key in state_dict if isinstance(key, int))
+    return [
+        group
+        for key in chained
+        for group in state_dict[key].get("optimizer", {}).get("param_groups", ())
+    ]
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:

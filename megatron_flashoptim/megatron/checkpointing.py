@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_flashoptim.checkpoint import loading, param_groups
@@ -25,6 +26,7 @@ from megatron_flashoptim.checkpoint.conversion import (
 )
 from megatron_flashoptim.checkpoint.model_space import ModelSpace, OwnedRange
 from megatron_flashoptim.checkpoint.pieces import pieces_of
+from megatron_flashoptim.checkpoint.stock import StockRange, ranges_of_buckets, ranges_of_model
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.megatron.grad_stats import ShardParam
@@ -91,6 +93,49 @@ class FlashCheckpointing(_Base):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if "param_state" in state_dict:
             loading.finish(state_dict["param_state"])
+
+    def load_stock_param_groups(self, saved: list[dict[str, Any]]) -> None:
+        """Load step, learning rate and the like from param groups of Megatron's Adam.
+
+        Raises:
+            ValueError: the checkpoint has other groups.
+        """
+        current = self.optimizer.param_groups
+        found = []
+        for own, stock in zip(current, param_groups.match(current, saved), strict=True):
+            values = {key: stock[key] for key in own if key in stock and key != "params"}
+            # torch's AdamW counts in floats, and Transformer Engine's keeps none before it steps.
+            values["step"] = int(stock.get("step") or 0)
+            found.append(values)
+        self.optimizer.load_param_groups(found)
+
+    def stock_ranges(
+        self, sharding_type: str, model_sharded_state_dict: Any, prefix: str
+    ) -> list[StockRange]:
+        """Return where a checkpoint of Megatron's Adam has this rank's state.
+
+        Args:
+            sharding_type: the checkpoint's.
+            model_sharded_state_dict: the model's, for model space.
+            prefix: what Megatron's chain puts in front of keys in bucket space.
+        """
+        if sharding_type == flash_metadata.DP_RESHARDABLE:
+            owned = (
+                (self._param_name(item.param), item.shard, item.start, item.end)
+                for item in self.shard_params
+            )
+            return ranges_of_buckets(self.bucket_space(), owned, prefix)
+        return ranges_of_model(
+            self.model_space(model_sharded_state_dict),
+            older=sharding_type == flash_metadata.FULLY_SHARDED_MODEL_SPACE,
+        )
+
+    def stock_groups(self, prefix: str) -> ShardedObject:
+        """Return what reads the param groups of Megatron's Adam in ``dp_reshardable``."""
+        index = self.data_parallel_group_idx
+        replica = (self.distributed_optimizer_instance_id, 0, self.data_parallel_group.rank())
+        key = f"{prefix}optimizer.distributed.dp_group_idx_{index}.optimizer"
+        return ShardedObject(key, None, (1,), (0,), replica_id=replica)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return Megatron's sharded state dict with our parameter state in it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,17 @@ def everything(trainer: Any) -> dict[str, Any]:
         for s, shard in enumerate(member.optimizer.shards)
         for name, tensor in shard.state()
     }
-    groups = [
+    return {"weights": trainer.weights(), "state": state, "groups": plain_groups(trainer)}
+
+
+def plain_groups(trainer: Any) -> list[dict[str, Any]]:
+    """Return copies of the param groups without parameters."""
+    return [
         {key: value for key, value in group.items() if key != "params"}
-        for member in members
+        for member in trainer.optimizer.chained_optimizers
+        if not member.is_stub_optimizer
         for group in member.optimizer.param_groups
     ]
-    return {"weights": trainer.weights(), "state": state, "groups": groups}
 
 
 Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
@@ -155,38 +161,59 @@ def in_model_space(trainer: Any) -> Pieces:
 
     Gathered over data-parallel ranks and mapped by Megatron's own sharded state dict of the
     model, with no code of the checkpoint package: key, global shape, global offset and data of
-    fp32 masters, codes, and scales repeated for each element.
+    fp32 masters, codes, and scales repeated for each element. Stock: of masters and moments.
     """
     trainer.sync_params()
-    model, _ = extract_sharded_tensors_and_factories(trainer.model[0].module.sharded_state_dict())
-    sharded_of = {id(base.data): base for base in nested_values(model)}
     numbers = {id(param): n for n, param in enumerate(trainer.model[0].parameters())}
     found: Pieces = []
     for member in trainer.optimizer.chained_optimizers:
         if member.is_stub_optimizer:
             continue
-        own = []
-        for item in member.shard_params:
-            shard = member.optimizer.shards[item.shard]
-            parts = {"master": _master(shard)[item.start : item.end].clone()}
-            for name, tensor in shard.state():
-                if name == "correction":
-                    continue
-                if name.endswith("scale"):
-                    tensor = tensor.view(torch.int16).repeat_interleave(32)
-                parts[name] = tensor[item.start : item.end].clone()
-            own.append((numbers[id(item.param)], item.param_start, parts))
-        group = member.data_parallel_group
-        everyone: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(everyone, own, group=group)
-        for number, param in enumerate(trainer.model[0].parameters()):
-            ranges = sorted(
-                ((start, parts) for rank in everyone for n, start, parts in rank if n == number),
-                key=lambda entry: entry[0],
-            )
-            for name in ranges[0][1] if ranges else ():
-                whole = torch.cat([parts[name] for _, parts in ranges]).view(param.shape)
-                found += _mapped(sharded_of[id(param)], name, whole)
+        own = list(_flash_ranges(member) if trainer.setup.flash else _stock_ranges(member))
+        numbered = [(numbers[id(param)], start, parts) for param, start, parts in own]
+        found += _gathered(trainer, member.data_parallel_group, numbered)
+    return found
+
+
+def _flash_ranges(member: Any) -> Iterator[tuple[Any, int, dict[str, torch.Tensor]]]:
+    for item in member.shard_params:
+        shard = member.optimizer.shards[item.shard]
+        parts = {"master": _master(shard)[item.start : item.end].clone()}
+        for name, tensor in shard.state():
+            if name == "correction":
+                continue
+            if name.endswith("scale"):
+                tensor = tensor.view(torch.int16).repeat_interleave(32)
+            parts[name] = tensor[item.start : item.end].clone()
+        yield item.param, item.param_start, parts
+
+
+def _stock_ranges(member: Any) -> Iterator[tuple[Any, int, dict[str, torch.Tensor]]]:
+    for range_maps in member.gbuf_ranges:
+        for bucket_ranges in range_maps.values():
+            for ranges in bucket_ranges:
+                for param, ranges_of_param in ranges["param_map"].items():
+                    tensors = member._get_main_param_and_optimizer_states(param)
+                    parts = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+                    parts["master"] = parts.pop("param")
+                    yield param, ranges_of_param["param"].start, parts
+
+
+def _gathered(trainer: Any, group: Any, own: list[Any]) -> Pieces:
+    """Return the pieces of whole parameters, given the numbered ranges of this rank."""
+    model, _ = extract_sharded_tensors_and_factories(trainer.model[0].module.sharded_state_dict())
+    sharded_of = {id(base.data): base for base in nested_values(model)}
+    everyone: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(everyone, own, group=group)
+    found: Pieces = []
+    for number, param in enumerate(trainer.model[0].parameters()):
+        ranges = sorted(
+            ((start, parts) for rank in everyone for n, start, parts in rank if n == number),
+            key=lambda entry: entry[0],
+        )
+        for name in ranges[0][1] if ranges else ():
+            whole = torch.cat([parts[name] for _, parts in ranges]).view(param.shape)
+            found += _mapped(sharded_of[id(param)], name, whole)
     return found
 
 

@@ -158,11 +158,11 @@ def _save_stock(folder: Path, save_as: str) -> None:
     checkpoints.save(trainer, folder, save_as)
 
 
-@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable", "torch"])
-def test_stock_checkpoint_is_refused_by_name(save_as: str, tmp_path: Path) -> None:
-    run_ranks(1, _save_stock, tmp_path, save_as)
+def test_stock_checkpoint_in_the_legacy_format_is_refused(tmp_path: Path) -> None:
+    run_ranks(1, _save_stock, tmp_path, "torch")
     (message,) = run_ranks(1, _load_error, tmp_path)
     assert "holds no flash optimizer state" in message and "--no-load-optim" in message
+    assert "torch_dist only" in message
 
 
 def test_other_buckets_are_refused_naming_both_sides(tmp_path: Path) -> None:

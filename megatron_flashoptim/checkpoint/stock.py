@@ -1,0 +1,432 @@
+"""State of Megatron's own Adam, read from its checkpoint and encoded parameter by parameter.
+
+Stock keeps fp32 masters and moments, as ``optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`` in the
+parameters' shapes (``fully_reshardable``), cut and flattened (``fully_sharded_model_space``, of
+releases before 0.16) or as flat buckets (``dp_reshardable``). A rank reads its
+own range of one tensor, encodes it in place and goes on to the next.
+
+The master wins over the model weight beside it: where 24 bits round up to half a bf16 ulp (2 in
+1000 elements), the split's high part is the next bf16 number, and the weight follows it. Keeping
+the weight would move the master instead, the one of the two that carries the training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
+from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
+from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.model_space import PREFIX, ModelSpace, OwnedRange
+from megatron_flashoptim.checkpoint.stock_reader import StockReader
+from megatron_flashoptim.codec import join_master, split_master
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ, BucketShard
+
+# Stock's name of the master weight, and that of the older sharding type.
+MASTER = "param"
+_OLDER_MASTER = "fp32_param"
+KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+# Elements encoded at once, whole groups; the codec's temporary tensors are a few times as large.
+_AT_ONCE = 1 << 18
+# Parameters to name in an error.
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class StockPart:
+    """A box of a saved tensor.
+
+    Attributes:
+        key: of the tensor, with ``{kind}`` for the kind of state and perhaps a ``*``.
+        shape: the tensor's shape as this run expects it.
+        offset: where the box begins in it.
+        place: the box's place in the flat tensor of a ``StockRange``.
+        allow_shape_mismatch: the tensor may have another size, such as a padded vocabulary.
+        hint: what to do where it must not.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    place: Callable[[torch.Tensor], torch.Tensor]
+    allow_shape_mismatch: bool = False
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class StockRange:
+    """The elements of one parameter that this rank owns, and where a checkpoint has them.
+
+    Attributes:
+        name: of the parameter, for messages.
+        shard: the bucket shard they go to.
+        start, end: element range in the shard; ``start`` is at a whole group.
+        parts: the boxes that make up the range.
+        master: the checkpoint's name of the master weight.
+    """
+
+    name: str
+    shard: BucketShard
+    start: int
+    end: int
+    parts: Sequence[StockPart]
+    master: str = MASTER
+
+
+@dataclass
+class Deviation:
+    """How far encoded values are from those that were encoded.
+
+    Attributes:
+        largest: largest error of an element, relative to the element (masters) or to the largest
+            of its group of 32 (moments).
+        error, total: sums of all absolute errors and of all absolute values.
+    """
+
+    largest: float = 0.0
+    error: float = 0.0
+    total: float = 0.0
+
+    def add(self, other: Deviation) -> None:
+        """Take another part of the state in."""
+        self.largest = max(self.largest, other.largest)
+        self.error += other.error
+        self.total += other.total
+
+    @property
+    def mean(self) -> float:
+        """Sum of errors over sum of values."""
+        return self.error / self.total if self.total else 0.0
+
+
+@dataclass
+class Report:
+    """What was converted on a rank, or on all of them.
+
+    Attributes:
+        parameters: ranges of parameters converted.
+        elements: their elements.
+        deviations: by kind of state.
+        damaged: names of parameters whose weight is not the bf16 of their master.
+        problem: why state could not be read, if so.
+    """
+
+    parameters: int = 0
+    elements: int = 0
+    deviations: dict[str, Deviation] = field(
+        default_factory=lambda: {kind: Deviation() for kind in KINDS}
+    )
+    damaged: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+    def add(self, other: Report) -> None:
+        """Take another rank's report in."""
+        self.parameters += other.parameters
+        self.elements += other.elements
+        for kind, deviation in other.deviations.items():
+            self.deviations[kind].add(deviation)
+        self.damaged += [name for name in other.damaged if name not in self.damaged]
+        self.problem = self.problem or other.problem
+
+    def check(self) -> None:
+        """Refuse state that does not belong to the weights.
+
+        Raises:
+            ValueError: names the parameters, or says what could not be read.
+        """
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        if self.damaged:
+            more = len(self.damaged) - _MAX_NAMED
+            named = ", ".join(self.damaged[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+            raise ValueError(
+                f"the Adam state in the checkpoint does not belong to its weights: the fp32 master "
+                f"rounded to bf16 is not the weight in {len(self.damaged)} parameters ({named}). "
+                "Megatron's fully_reshardable save shifts masters and moments where buckets end in "
+                "padding (--overlap-grad-reduce). Load the weights, which are right, with "
+                "--no-load-optim --no-load-rng or --finetune, or a checkpoint saved with "
+                "dp_reshardable (without --dist-ckpt-optim-fully-reshardable)"
+            )
+
+    def text(self) -> str:
+        """Return one line: what was converted, with its errors."""
+
+        def of(kind: str) -> str:
+            deviation = self.deviations[kind]
+            return f"largest {deviation.largest:.2e}, mean {deviation.mean:.2e}"
+
+        return (
+            f"converted Megatron's Adam state to flash state: {self.elements} elements in "
+            f"{self.parameters} parameter ranges; relative errors of masters {of(MASTER)}, of "
+            f"exp_avg {of(EXP_AVG)}, of exp_avg_sq {of(EXP_AVG_SQ)} (moments: largest is relative "
+            "to the largest of each 32 elements)"
+        )
+
+
+@dataclass
+class StockLoading:
+    """State to be converted once Megatron has loaded the weights.
+
+    Attributes:
+        ranges: what this rank owns.
+        folder: the checkpoint's, see ``tell_folder``.
+    """
+
+    ranges: Sequence[StockRange]
+    folder: str | None = None
+
+    def convert(self) -> Report:
+        """Read and encode everything; touches no parameter whose master is not its weight's.
+
+        Returns:
+            What was found; reading errors too, so that all ranks can be told.
+        """
+        report = Report()
+        if self.folder is None:
+            report.problem = (
+                "Megatron's Adam state is read from the checkpoint's folder, which is known only "
+                "after megatron_flashoptim.install(); call it before dist_checkpointing.load"
+            )
+            return report
+        try:
+            reader = StockReader(self.folder)
+            for owned in self.ranges:
+                _convert_range(owned, reader, report)
+        except (ValueError, OSError) as problem:
+            report.problem = str(problem)
+        return report
+
+
+def tell_folder(sharded_state_dict: object, folder: str) -> None:
+    """Give the checkpoint's folder to the ``StockLoading`` objects in a sharded state dict."""
+    if not isinstance(sharded_state_dict, dict | list):
+        return
+    for value in nested_values(sharded_state_dict):
+        if isinstance(value, LocalNonpersistentObject) and isinstance(value.obj, StockLoading):
+            value.obj.folder = str(folder)
+
+
+def ranges_of_model(space: ModelSpace, *, older: bool = False) -> list[StockRange]:
+    """Return where ``fully_reshardable`` has this rank's state.
+
+    Args:
+        space: what this rank owns.
+        older: for ``fully_sharded_model_space``, see ``_read_fragments``.
+    """
+    master = _OLDER_MASTER if older else MASTER
+    return [
+        StockRange(
+            _name(owned), owned.shard, owned.start, owned.end, list(_model_parts(owned)), master
+        )
+        for owned in space.ranges
+    ]
+
+
+def _name(owned: OwnedRange) -> str:
+    piece = owned.pieces[0]
+    in_front = piece.global_offset[: piece.prepended]
+    return piece.key + (f"[{', '.join(map(str, in_front))}]" if in_front else "")
+
+
+def _model_parts(owned: OwnedRange) -> Iterator[StockPart]:
+    for piece in owned.pieces:
+        for box in owned.boxes(piece):
+            relative = box.relative_to(piece.box.offset)
+            in_piece = (*(0,) * piece.prepended, *relative.offset)
+            yield StockPart(
+                key=f"{PREFIX}.{{kind}}.{piece.key}",
+                shape=piece.global_shape,
+                offset=tuple(a + b for a, b in zip(piece.global_offset, in_piece, strict=True)),
+                place=partial(
+                    view_of_box,
+                    shape=owned.shape,
+                    first=owned.param_start,
+                    box=box,
+                    leading=piece.prepended,
+                ),
+                allow_shape_mismatch=piece.allow_shape_mismatch,
+            )
+
+
+def ranges_of_buckets(
+    space: BucketSpace, owned: Iterable[tuple[str, int, int, int]], prefix: str
+) -> list[StockRange]:
+    """Return where ``dp_reshardable`` has this rank's state.
+
+    Args:
+        space: the buckets of this run.
+        owned: name, shard number, start and end in the shard of each owned parameter.
+        prefix: what Megatron's chain puts in front of the optimizer's keys.
+    """
+    buckets = list(space.named_buckets())
+    ranges = []
+    for name, number, start, end in owned:
+        bucket_name, bucket, shard = buckets[number]
+        buffer_name, last = bucket_name.split(".")
+        # Between them stock has the dtypes of weights and gradients, which may be others here.
+        begin = f"{prefix}optimizer.distributed.dp_group_idx_{space.dp_group_index}.{buffer_name}"
+        part = StockPart(
+            key=f"{begin}.dtype_*.{last}.{{kind}}",
+            shape=(bucket.numel_unpadded,),
+            offset=(space.dp_rank * shard.param.numel() + start,),
+            place=_whole,
+            hint="dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
+            "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it",
+        )
+        ranges.append(StockRange(name, shard, start, end, [part]))
+    return ranges
+
+
+def _whole(flat: torch.Tensor) -> torch.Tensor:
+    return flat
+
+
+@torch.no_grad()
+def _convert_range(owned: StockRange, reader: StockReader, report: Report) -> None:
+    """Read and encode masters and moments of one parameter, one after the other."""
+    elements = slice(owned.start, owned.end)
+    weight = owned.shard.param[elements]
+    master = _read(owned, reader, MASTER)
+    if not _belongs(master, weight):
+        report.damaged.append(owned.name)
+        return
+    for start in range(0, master.numel(), _AT_ONCE):
+        part = slice(owned.start + start, min(owned.start + start + _AT_ONCE, owned.end))
+        report.deviations[MASTER].add(_store_master(owned.shard, part, master[start:]))
+    del master
+    for moment in SCALE_OF:
+        values = _read(owned, reader, moment)
+        for start in range(0, values.numel(), _AT_ONCE):
+            part = slice(owned.start + start, min(owned.start + start + _AT_ONCE, owned.end))
+            report.deviations[moment].add(_store_moment(owned.shard, moment, part, values[start:]))
+    report.parameters += 1
+    report.elements += owned.end - owned.start
+
+
+def _read(owned: StockRange, reader: StockReader, kind: str) -> torch.Tensor:
+    """Return one kind of state of a range, flat fp32 in host memory."""
+    flat = torch.zeros(owned.end - owned.start, dtype=torch.float32)
+    for part in owned.parts:
+        name = owned.master if kind == MASTER else kind
+        key = reader.find(part.key.replace("{kind}", name))
+        saved = reader.shape(key)
+        if owned.master == _OLDER_MASTER and len(saved) == len(part.shape) + 1:
+            _read_fragments(part, part.place(flat), key, reader)
+            continue
+        if saved != part.shape and not part.allow_shape_mismatch:
+            raise ValueError(
+                f"{key} has the shape {saved} in the checkpoint and {part.shape} in this run"
+                + (f": {part.hint}" if part.hint else "")
+            )
+        reader.read_into(part.place(flat), key, part.offset)
+    return flat
+
+
+def _read_fragments(part: StockPart, target: torch.Tensor, key: str, reader: StockReader) -> None:
+    """Read a box of a tensor that ``fully_sharded_model_space`` has cut and flattened.
+
+    A tensor of shape (X, Y) that ranks held as (x, y) each is saved as (X / x, Y / y, x * y): which
+    fragment, and which element of it.
+    """
+    *counts, numel = reader.shape(key)
+    if math.prod(part.shape) != math.prod(counts) * numel or any(
+        size % count for size, count in zip(part.shape, counts, strict=True)
+    ):
+        raise ValueError(
+            f"{key} has {math.prod(counts)} fragments of {numel} elements in the checkpoint, which "
+            f"do not make up the shape {part.shape} of this run"
+        )
+    shape = tuple(size // count for size, count in zip(part.shape, counts, strict=True))
+    wanted = Box(part.offset, tuple(target.shape))
+    spans = (
+        range(first // extent, -(-(first + length) // extent))
+        for first, length, extent in zip(wanted.offset, wanted.shape, shape, strict=True)
+    )
+    for fragment in itertools.product(*spans):
+        origin = tuple(a * b for a, b in zip(fragment, shape, strict=True))
+        common = wanted.intersect(Box(origin, shape))
+        assert common is not None
+        inside = common.relative_to(origin)
+        ends = (a + b - 1 for a, b in zip(inside.offset, inside.shape, strict=True))
+        first = _flat_number(inside.offset, shape)
+        covering = torch.zeros(_flat_number(ends, shape) + 1 - first, dtype=torch.float32)
+        cut = (*(1,) * len(fragment), covering.numel())
+        reader.read_into(covering.view(cut), key, (*fragment, first))
+        into = target
+        for dim, (a, b) in enumerate(
+            zip(common.relative_to(wanted.offset).offset, common.shape, strict=True)
+        ):
+            into = into.narrow(dim, a, b)
+        into.copy_(view_of_box(covering, shape, first, inside))
+
+
+def _flat_number(index: Iterable[int], shape: Sequence[int]) -> int:
+    number = 0
+    for position, extent in zip(index, shape, strict=True):
+        number = number * extent + position
+    return number
+
+
+def _belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the weights are the masters, rounded to nearest, ties to even or away."""
+    for start in range(0, master.numel(), _AT_ONCE):
+        exact = master[start : start + _AT_ONCE]
+        rounded = weight[start : start + _AT_ONCE].cpu()
+        same = exact.isnan() & rounded.isnan()
+        if rounded.dtype == torch.float32:  # of a run in fp32, or saved as bf16 by one that was not
+            same |= (exact == rounded) | (exact.to(torch.bfloat16).to(torch.float32) == rounded)
+        else:
+            # Transformer Engine's int16 remainders round ties away from zero.
+            away, _ = split_master(exact, bits=32)
+            same |= (exact.to(torch.bfloat16) == rounded) | (away == rounded)
+        if not same.all():
+            return False
+    return True
+
+
+def _store_master(shard: BucketShard, part: slice, values: torch.Tensor) -> Deviation:
+    """Split masters into weight and correction; ``values`` may go on beyond the part."""
+    master = values[: part.stop - part.start].to(shard.param.device)
+    if shard.correction is None:
+        shard.param[part].copy_(master)
+        stored = shard.param[part].to(torch.float32)
+    else:
+        high, correction = split_master(master, bits=shard.master_bits)
+        assert correction is not None
+        shard.param[part].copy_(high)
+        shard.correction[part].copy_(correction)
+        stored = join_master(high, correction)
+    return _deviation(stored, master, master.abs())
+
+
+def _store_moment(shard: BucketShard, moment: str, part: slice, values: torch.Tensor) -> Deviation:
+    """Encode a moment; ``values`` may go on beyond the part."""
+    state = dict(shard.state())
+    exact = values[: part.stop - part.start].to(shard.param.device)
+    codes, scale = encode_moment(moment, exact, code=shard.exp_avg_sq_code)
+    state[moment][part].copy_(codes)
+    groups = slice(part.start // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
+    state[SCALE_OF[moment]][groups].copy_(scale)
+    stored = decode_moment(moment, codes, scale, code=shard.exp_avg_sq_code)
+    padded = torch.nn.functional.pad(exact.abs(), (0, -exact.numel() % GROUP_SIZE))
+    largest = padded.view(-1, GROUP_SIZE).amax(dim=1)
+    return _deviation(stored, exact, largest.repeat_interleave(GROUP_SIZE)[: exact.numel()])
+
+
+def _deviation(stored: torch.Tensor, exact: torch.Tensor, reference: torch.Tensor) -> Deviation:
+    error = (stored - exact).abs()
+    relative = torch.where(error > 0, error / reference, 0.0)
+    return Deviation(
+        largest=float(relative.max()) if relative.numel() else 0.0,
+        error=float(error.sum(dtype=torch.float64)),
+        total=float(exact.abs().sum(dtype=torch.float64)),
+    )

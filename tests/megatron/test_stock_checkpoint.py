@@ -1,0 +1,323 @@
+"""Checkpoints of Megatron's own Adam, loaded by flash_adamw."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_flashoptim import FlashOptimConfig
+from megatron_flashoptim.codec import (
+    encode_exp_avg,
+    encode_exp_avg_sq,
+    join_master,
+    split_master,
+)
+
+FULL = "--dist-ckpt-optim-fully-reshardable"
+
+
+def _save(folder: Path, save_as: str, steps: int = 3, **options: Any) -> Any:
+    """Train stock Adam; returns its state in model space and its param groups."""
+    import checkpoints
+    import tiny_gpt
+    from exact_adamw import use_as_megatrons_adam
+
+    use_as_megatrons_adam()
+    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None, **options))
+    trainer.train(steps)
+    checkpoints.save(trainer, folder, save_as)
+    return checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
+
+
+def _save_flattened(folder: Path, **options: Any) -> Any:
+    """Save stock Adam's state as releases before 0.16 did by default; 0.19 cannot write it.
+
+    As Megatron's own description of the format has it: a tensor of global shape (X, Y) and local
+    shape (x, y) is stored as (X / x, Y / y, x * y), each rank's range a piece of the last axis.
+    """
+    import checkpoints
+    import tiny_gpt
+    from exact_adamw import use_as_megatrons_adam
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    use_as_megatrons_adam()
+    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None, **options))
+    trainer.train(3)
+    checkpoints.fork_queue_of_results()
+    model = trainer.model[0].module.sharded_state_dict()
+    bases, _ = extract_sharded_tensors_and_factories(model)
+    base_of = {id(base.data): base for base in nested_values(bases)}
+    state: dict[str, Any] = {}
+    (member,) = trainer.optimizer.chained_optimizers
+    for param, start, parts in checkpoints._stock_ranges(member):
+        base = base_of[id(param)]
+        counts = base.axis_fragmentations
+        in_front = base.prepend_axis_num
+        whole = (*(1,) * in_front, *base.local_shape)
+        fragment = tuple(o // s for o, s in zip(base.global_offset, whole, strict=True))
+        for kind, tensor in parts.items():
+            name = "fp32_param" if kind == "master" else kind
+            data = tensor.view((1,) * len(counts) + (-1,))
+            state[f"{name}.{id(param)}"] = ShardedTensor(
+                f"optimizer.state.{name}.{base.key}",
+                data,
+                data.dtype,
+                tuple(data.shape),
+                (*counts, param.numel()),
+                (*fragment, start),
+                axis_fragmentations=None,
+                replica_id=(*base.replica_id[:2], 0),
+            )
+    saved = {
+        "model": model,
+        "optimizer": {**trainer.optimizer.state_dict(), "param_state": state},
+        "step_number": 3,
+    }
+    metadata = checkpoints.metadata_of("fully_sharded_model_space")
+    strategy = checkpoints.TorchDistSaveShardedStrategy()
+    dist_checkpointing.save(saved, str(folder), strategy, content_metadata=metadata)
+    return checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
+
+
+def _load(folder: Path, *, install: bool = True, **options: Any) -> dict[str, Any]:
+    """Load into flash_adamw; returns state, groups, weights and what was logged or raised."""
+    import checkpoints
+    import tiny_gpt
+
+    import megatron_flashoptim
+
+    if install:
+        megatron_flashoptim.install()
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.disable(logging.NOTSET)
+    logging.getLogger("megatron_flashoptim").addHandler(handler)
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.5  # must come from the checkpoint
+    before = trainer.weights()
+    try:
+        checkpoints.load(trainer, folder, parallel=options.get("tp", 1) == 2)
+    except ValueError as problem:
+        return {"error": str(problem)}
+    loaded = checkpoints.in_model_space(trainer)
+    weights = trainer.weights()
+    assert not all(torch.equal(before[name], weights[name]) for name in before)
+    return {
+        "state": loaded,
+        "groups": checkpoints.plain_groups(trainer),
+        "weights": weights,
+        "logged": [message for message in logged if message.startswith("converted")],
+        "losses": trainer.train(2),
+    }
+
+
+def _encoded(stock: dict[str, torch.Tensor], bits: int | None) -> dict[str, torch.Tensor]:
+    """Return what stock state becomes by the public codec, in the shape of ``joined``."""
+    found = {}
+    for key, tensor in stock.items():
+        kind, _, name = key.partition(".")
+        flat = tensor.flatten()
+        if kind == "master" and bits is None:
+            found[key] = tensor
+            continue
+        if kind == "master":
+            found[key] = join_master(*split_master(flat, bits=bits)).view(tensor.shape)
+            continue
+        encode = encode_exp_avg if kind == "exp_avg" else encode_exp_avg_sq
+        codes, scale = encode(flat)
+        found[key] = codes.view(tensor.shape)
+        per_element = scale.view(torch.int16).repeat_interleave(32)[: flat.numel()]
+        found[f"{kind}_scale.{name}"] = per_element.view(tensor.shape)
+    return found
+
+
+FULLY, BUCKETS = "fully_reshardable", "dp_reshardable"
+FLATTENED = "fully_sharded_model_space"
+PLAIN = {"layers": 2, "query_groups": 2}
+DENSE = {"swiglu": True, "query_groups": 2, "layers": 2}
+EXPERTS = {"experts": 4, "swiglu": True}
+CASES: dict[str, tuple[str, tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = {
+    "same": (FULLY, (2, DENSE), (2, DENSE)),
+    "tensor and pipeline": (FULLY, (2, {**DENSE, "tp": 2}), (4, {**DENSE, "pp": 2})),
+    "to overlap": (FULLY, (1, DENSE), (2, {**DENSE, "overlap": True, "bucket_size": 30_000})),
+    "experts": (FULLY, (2, {**EXPERTS, "ep": 2}), (2, EXPERTS)),
+    "padded vocabulary": (
+        FULLY,
+        (1, {"vocab": 288, "tied": False, "layers": 1}),
+        (2, {"vocab": 320, "tied": False, "layers": 1, "tp": 2}),
+    ),
+    "fp32 weights": (
+        FULLY,
+        (1, {"layers": 1, "bf16": False}),
+        (1, {"layers": 1, "bf16": False}),
+    ),
+    "32-bit masters": (
+        FULLY,
+        (1, {"layers": 1}),
+        (2, {"layers": 1, "flash": FlashOptimConfig(master_bits=32)}),
+    ),
+    "flattened, data parallel": (FLATTENED, (2, PLAIN), (2, PLAIN)),
+    "flattened, tensor parallel": (FLATTENED, (2, {**PLAIN, "tp": 2}), (2, {**PLAIN, "pp": 2})),
+    "flattened, to tensor parallel": (FLATTENED, (2, PLAIN), (4, {**PLAIN, "tp": 2})),
+    "buckets, data parallel size": (BUCKETS, (2, DENSE), (4, {**DENSE, "grads_in_fp32": False})),
+    "buckets, tensor parallel": (BUCKETS, (2, {**DENSE, "tp": 2}), (2, {**DENSE, "tp": 2})),
+    "buckets, overlap": (
+        BUCKETS,
+        (2, {**DENSE, "overlap": True, "bucket_size": 15_000}),
+        (2, {**DENSE, "overlap": True, "bucket_size": 15_000}),
+    ),
+    "buckets, experts": (BUCKETS, (2, {**EXPERTS, "ep": 2}), (2, {**EXPERTS, "ep": 2})),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
+    from checkpoints import assert_same, joined
+
+    save_as, (saved_by, saved_options), (loaded_by, options) = CASES[case]
+    if save_as == FLATTENED:
+        stock = run_ranks(saved_by, _save_flattened, tmp_path, **saved_options)
+    else:
+        stock = run_ranks(saved_by, _save, tmp_path, save_as, **saved_options)
+    flash = run_ranks(loaded_by, _load, tmp_path, **options)
+    assert not any("error" in rank for rank in flash), flash[0]
+    bits = options.get("flash", FlashOptimConfig()).master_bits
+    vocab = 256 if "vocab" in options else None
+    exact_state = joined([state for state, _ in stock], vocab)
+    wanted = _encoded(exact_state, bits if options.get("bf16", True) else None)
+    assert all(tensor.any() for key, tensor in wanted.items() if key.startswith("exp_avg_sq."))
+    assert_same(joined([rank["state"] for rank in flash], vocab), wanted)
+    for rank in flash:
+        assert {group["step"] for group in rank["groups"]} == {3}
+        assert {group["lr"] for group in rank["groups"]} == {1e-3}
+        assert all(0 < loss < 7 for loss in rank["losses"])
+    # Weights are whole on every rank, also where a master carried into the next bf16 number.
+    by_model_rank = flash if options.get("tp", 1) == options.get("pp", 1) == 1 else []
+    for rank in by_model_rank:
+        for name, weight in rank["weights"].items():
+            if ".experts." not in name:
+                assert torch.equal(weight, by_model_rank[0]["weights"][name]), name
+    (message,) = flash[0]["logged"]
+    assert "parameter ranges" in message and not any(rank["logged"] for rank in flash[1:])
+    pairs = [(wanted[key], exact) for key, exact in exact_state.items() if "master." in key]
+    kept, exact = (torch.cat([t.flatten() for t in side]) for side in zip(*pairs, strict=True))
+    relative = ((kept - exact) / exact)[exact != 0].abs()
+    largest = float(message.split("masters largest ")[1].split(",")[0])
+    assert largest == pytest.approx(float(relative.max()), rel=0.01)
+    mean = float(message.split(" mean ")[1].split(",")[0])
+    wanted_mean = float((kept - exact).abs().double().sum() / exact.abs().double().sum())
+    assert mean == pytest.approx(wanted_mean, rel=0.1)  # ranks may own copies of some
+
+
+def test_stocks_shifted_masters_are_found_and_named(tmp_path: Path) -> None:
+    """Stock's own defect, made by stock: buckets with padding, saved as fully_reshardable."""
+    options = {"layers": 2, "overlap": True, "bucket_size": 15_000, "hidden": 72}
+    run_ranks(2, _save, tmp_path, FULLY, **options)
+    for rank in run_ranks(2, _load, tmp_path, **options):
+        assert "does not belong to its weights" in rank["error"]
+        assert "decoder.layers." in rank["error"] and "--no-load-optim" in rank["error"]
+
+
+def test_other_sharding_types_are_refused_by_name() -> None:
+    from megatron_flashoptim.checkpoint.metadata import check_stock_sharding_type
+
+    with pytest.raises(ValueError, match="'dp_zero_gather_scatter'; supported: dp_reshardable, "):
+        check_stock_sharding_type({"distrib_optim_sharding_type": "dp_zero_gather_scatter"})
+
+
+def test_without_install_the_error_says_so(tmp_path: Path) -> None:
+    run_ranks(1, _save, tmp_path, FULLY, layers=1)
+    (rank,) = run_ranks(1, _load, tmp_path, install=False, layers=1)
+    assert "megatron_flashoptim.install()" in rank["error"]
+
+
+def test_other_buckets_are_refused_with_both_sizes(tmp_path: Path) -> None:
+    options = {"layers": 1, "overlap": True}
+    run_ranks(1, _save, tmp_path, BUCKETS, bucket_size=30_000, **options)
+    (rank,) = run_ranks(1, _load, tmp_path, bucket_size=60_000, **options)
+    assert "in the checkpoint and" in rank["error"] and "--ddp-bucket-size" in rank["error"]
+
+
+def _peak_of_load(folder: Path, **options: Any) -> tuple[int, int]:
+    import checkpoints
+    import tiny_gpt
+    from test_no_gather import _peak_bytes, _reset_peak
+
+    import megatron_flashoptim
+
+    megatron_flashoptim.install()
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    for member in trainer.optimizer.chained_optimizers:
+        for shard in member.optimizer.shards:
+            for _, tensor in shard.state():
+                tensor.fill_(1)  # pages of zeros are given to a process when it writes them
+    before = _reset_peak()
+    checkpoints.load(trainer, folder)
+    return _peak_bytes() - before, sum(p.numel() for p in trainer.model[0].parameters())
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Four times the layers: what grows is the description of tensors, not what is read."""
+    peaks, sizes = [], []
+    for layers in (4, 16):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        options = {"hidden": 256, "layers": layers}
+        run_ranks(1, _save, folder, FULLY, 1, **options)
+        ((peak, numel),) = run_ranks(1, _peak_of_load, folder, **options)
+        peaks.append(peak)
+        sizes.append(12 * numel)
+    assert sizes[1] - sizes[0] > 100 << 20
+    assert peaks[1] - peaks[0] < 0.1 * (sizes[1] - sizes[0]), (peaks, sizes)
+    assert peaks[1] < sizes[1] / 3, (peaks, sizes)
+
+
+def _train(
+    folder: Path, flags: str, steps: int, *, load: bool, save_at: int = 0
+) -> tuple[int, torch.Tensor, list[dict[str, Any]], list[float]]:
+    import checkpoints
+    import training_checkpoints
+    from exact_adamw import use_as_megatrons_adam
+
+    if "--optimizer adam" in flags:
+        use_as_megatrons_adam()
+    flash = None if "--optimizer adam" in flags else FlashOptimConfig()
+    run = training_checkpoints.Run(folder, *flags.split(), flash=flash)
+    start = run.load() if load else 0
+    rng, groups = torch.get_rng_state(), checkpoints.plain_groups(run.trainer)
+    losses = []
+    for iteration in range(start + 1, start + steps + 1):
+        losses += run.train(1)
+        if iteration == save_at:
+            torch.manual_seed(99)  # a state that no run starts with
+            run.save(iteration)
+    return start, rng, groups, losses
+
+
+@pytest.mark.parametrize("format_flags", [FULL, ""])
+def test_training_goes_on_where_stock_was(format_flags: str, tmp_path: Path) -> None:
+    """Megatron's own load_checkpoint: iteration, step, schedule and RNG are stock's."""
+    stock_flags = f"{format_flags} --optimizer adam"
+    whole = run_ranks(2, _train, tmp_path, stock_flags, 6, load=False, save_at=3)
+    stock = run_ranks(2, _train, tmp_path, stock_flags, 0, load=True)
+    flash = run_ranks(2, _train, tmp_path, format_flags, 3, load=True)
+    for ours, theirs, all_along in zip(flash, stock, whole, strict=True):
+        assert ours[0] == theirs[0] == 3
+        assert torch.equal(ours[1], theirs[1])
+        for name in ("lr", "step", "weight_decay", "betas", "eps"):
+            assert [group[name] for group in ours[2]] == [group[name] for group in theirs[2]]
+        assert {group["step"] for group in ours[2]} == {3}
+        assert ours[3] == pytest.approx(all_along[3][3:], rel=2e-3)
