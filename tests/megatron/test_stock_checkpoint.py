@@ -281,7 +281,8 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         peaks.append(peak)
         sizes.append(12 * numel)
     assert sizes[1] - sizes[0] > 100 << 20
-    assert peaks[1] - peaks[0] < 0.1 * (sizes[1] - sizes[0]), (peaks, sizes)
+    # All of it would be 1; allocator and page cache have been seen to add 0.18 by chance.
+    assert peaks[1] - peaks[0] < 0.3 * (sizes[1] - sizes[0]), (peaks, sizes)
     assert peaks[1] < sizes[1] / 3, (peaks, sizes)
 
 
