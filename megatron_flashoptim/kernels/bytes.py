@@ -101,27 +101,38 @@ def add_signed_byte(bits, correction):
         return bits + shifted
 
 
+def _gather(index: int) -> tl.constexpr:
+    """Return the assembly that gathers one byte of each of four registers."""
+    selector = f"0x00{4 + index}{index}"
+    return tl.constexpr(
+        f"""
+        {{
+        .reg .b32 low, high;
+        prmt.b32 low, $1, $2, {selector};
+        prmt.b32 high, $3, $4, {selector};
+        prmt.b32 $0, low, high, 0x5410;
+        }}
+        """
+    )
+
+
+GATHER_BYTE_0 = _gather(0)
+GATHER_BYTE_1 = _gather(1)
+GATHER_BYTE_2 = _gather(2)
+
+
+@triton.jit
+def _gathered(bits, assembly: tl.constexpr):
+    return tl.inline_asm_elementwise(assembly, "=r,r,r,r,r", [bits], tl.int8, is_pure=True, pack=4)
+
+
 @triton.jit
 def low_byte(bits):
     """Return the lowest byte of an int32 tensor as int8."""
     if INTERPRETED:
         return bits.to(tl.int8)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0040;
-            prmt.b32 high, $3, $4, 0x0040;
-            prmt.b32 $0, low, high, 0x5410;
-            }
-            """,
-            "=r,r,r,r,r",
-            [bits],
-            tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        return _gathered(bits, GATHER_BYTE_0)
 
 
 @triton.jit
@@ -130,21 +141,7 @@ def second_byte(bits):
     if INTERPRETED:
         return (bits >> 8).to(tl.int8)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0051;
-            prmt.b32 high, $3, $4, 0x0051;
-            prmt.b32 $0, low, high, 0x5410;
-            }
-            """,
-            "=r,r,r,r,r",
-            [bits],
-            tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        return _gathered(bits, GATHER_BYTE_1)
 
 
 @triton.jit
@@ -153,21 +150,7 @@ def third_byte(bits):
     if INTERPRETED:
         return (bits >> 16).to(tl.uint8)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0062;
-            prmt.b32 high, $3, $4, 0x0062;
-            prmt.b32 $0, low, high, 0x5410;
-            }
-            """,
-            "=r,r,r,r,r",
-            [bits],
-            tl.uint8,
-            is_pure=True,
-            pack=4,
-        )
+        return _gathered(bits, GATHER_BYTE_2).to(tl.uint8, bitcast=True)
 
 
 @triton.jit

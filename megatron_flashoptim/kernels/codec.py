@@ -1,8 +1,9 @@
 """Triton device functions of the codec, the twins of ``megatron_flashoptim.codec``.
 
 Bit for bit the same as the plain PyTorch reference: integer rounding of bf16, correctly rounded
-reciprocals and square roots, and no fused multiply-add but where it changes no bit (kernels that
-use these functions are launched with ``enable_fp_fusion=False``).
+reciprocals and square roots, and fused multiply-adds only where they are written, which the
+reference computes alike (kernels that use these functions are launched with
+``enable_fp_fusion=False``).
 
 Tiles are ``[GROUPS, 32]``, per-group values ``[GROUPS]``. Nothing here branches, and what
 is per element is kept off the slow pipes; ``docs/kernel.md`` tells why that matters.
@@ -100,12 +101,6 @@ def bf16_to_fp32(bf16):
     """Widen bf16 by moving its pattern (exact, NaN payload kept)."""
     bits = bf16.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def bf16_from_bits(bits):
-    """Return bf16 from its pattern in an int32."""
-    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

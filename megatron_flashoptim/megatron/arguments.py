@@ -64,7 +64,7 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         _select(parser.error, namespace)
         return namespace, rest
 
-    # On this parser alone; parse_args calls it.
+    # Replaces a method of this parser alone, which parse_args calls.
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign]
     return parser
 

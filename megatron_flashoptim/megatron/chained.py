@@ -67,7 +67,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 member.scale_to_norm(grad_norm, self.grad_norms_by_group)
             threshold = member.config.grad_norm_skip_threshold
             if math.isfinite(threshold) and bool(grad_norm > threshold):
-                logger.info("step skipped: gradient norm %s above %s", float(grad_norm), threshold)
+                message = f"step skipped: gradient norm {float(grad_norm)} above {threshold}"
+                log_single_rank(logger, logging.INFO, message)
                 too_large = True
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         success = not too_large and self.step_with_ready_grads()

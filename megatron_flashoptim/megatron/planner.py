@@ -153,6 +153,7 @@ def _nominal_ranks(args: Any, rank: int, world_size: int) -> Iterator[None]:
 def _on_meta_device() -> Iterator[None]:
     """Make new tensors without storage, also where Megatron asks for the current GPU."""
     current_device = torch.cuda.current_device
+    # Megatron passes it on as a device; torch declares an index.
     torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
     try:
         with torch.device("meta"):

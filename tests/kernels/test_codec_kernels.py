@@ -25,6 +25,7 @@ from megatron_flashoptim.codec import (
 )
 from megatron_flashoptim.codec.master import split_master_with_draws
 from megatron_flashoptim.kernels import codec
+from megatron_flashoptim.kernels.bytes import store_group_scale
 
 GROUP = 32
 TILE = 16
@@ -66,7 +67,7 @@ def _encode_kernel(
     else:
         codes, scale = codec.encode_exp_avg(value)
     tl.store(codes_ptr + offsets, codes)
-    tl.store(scale_ptr + group, codec.bf16_from_bits(scale))
+    store_group_scale(scale_ptr, group, scale, group >= 0)
 
 
 @triton.jit

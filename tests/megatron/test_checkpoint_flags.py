@@ -216,6 +216,26 @@ def test_damaged_file_is_named_on_every_rank(damage: str, copy_of_checkpoint: Pa
         assert "--ckpt-step" in message
 
 
+def _verdict(folder: Path) -> str:
+    from megatron_flashoptim.checkpoint.damage import check_files_together
+
+    try:
+        check_files_together(folder)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_unreadable_metadata_is_an_error_on_every_rank(kept: int, copy_of_checkpoint: Path) -> None:
+    """Rank 0 alone reads it; the others must not wait for a verdict that never comes."""
+    folder = copy_of_checkpoint / "iter_0000001"
+    assert run_ranks(2, _verdict, folder) == ["", ""]
+    os.truncate(folder / ".metadata", kept)
+    for message in run_ranks(2, _verdict, folder):
+        assert "iter_0000001 cannot be read" in message
+
+
 @pytest.mark.parametrize(
     ("other", "tensor"),
     [

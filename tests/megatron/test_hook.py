@@ -67,6 +67,8 @@ REFUSED = {
     "--use-torch-fsdp2": ("--use-torch-fsdp2", "drop the flag"),
     "--fp8-param-gather": ("--fp8-param-gather", "drop the flag"),
     "--optimizer-cuda-graph --log-num-zeros-in-grad": ("--log-num-zeros-in-grad", "drop one"),
+    "--optimizer-cuda-graph --cuda-graph-warmup-steps 0": ("--cuda-graph-warmup-steps", "1 or"),
+    "--non-persistent-ckpt-type local": ("--non-persistent-ckpt-type local", "use global"),
     "--qk-clip": ("--qk-clip", "drop the flag"),
     "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
     "--overlap-param-gather-with-optimizer-step": ("--overlap-param-gather-with", "drop the flag"),

@@ -216,3 +216,25 @@ def test_masters_that_cannot_convert_are_refused_naming_both_sides(
     assert "master_bits 24, this run has 16" in bits
     (weights,) = run_ranks(1, _load_error, tmp_path, bf16=False, layers=1)
     assert "weights bfloat16, this run has float32" in weights
+
+
+def _expert_groups(folder: Path, ep: int, *, load: bool) -> list[tuple[bool, int]]:
+    import checkpoints
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(ep=ep, experts=4))
+    if load:
+        checkpoints.load(trainer, folder)
+    else:
+        trainer.step()
+        checkpoints.save(trainer, folder, checkpoints.FULLY_RESHARDABLE)
+    return [(g["is_expert_parallel"], g["step"]) for g in trainer.optimizer.param_groups]
+
+
+def test_groups_of_experts_stay_what_they_are_in_this_run(tmp_path: Path) -> None:
+    """Saved without expert parallelism, they take step and rates of the dense groups, no more."""
+    saved = run_ranks(2, _expert_groups, tmp_path, 1, load=False)
+    assert all(not experts and step == 1 for rank in saved for experts, step in rank)
+    for rank in run_ranks(2, _expert_groups, tmp_path, 2, load=True):
+        assert {experts for experts, _ in rank} == {False, True}
+        assert {step for _, step in rank} == {1}

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from megatron_flashoptim import FlashOptimConfig
 from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, join_master
 from megatron_flashoptim.kernels import columns
+from megatron_flashoptim.optim.adamw import reference_adamw_step_
 
 # Relative to the master: half a quantum of a 24-bit pattern, which keeps 15 mantissa bits.
 MASTER_BOUND = 2.0**-16 + 2.0**-22
@@ -214,6 +215,14 @@ def _overflow(rank_with_inf: int) -> tuple[Any, bool, list[int]]:
     kept = [tensor.clone() for _, tensor in shard.state()]
     weights = shard.param.clone()
     result = trainer.optimizer.step()
+    # Stepping in spite of it changes nothing either.
+    for launched in member.optimizer.shards:
+        reference_adamw_step_(
+            launched,
+            member.optimizer.table,
+            exp_avg_sq_rounding="nearest",
+            master_rounding="nearest",
+        )
     same = all(torch.equal(a, b) for a, (_, b) in zip(kept, shard.state(), strict=True))
     steps = [group["step"] for group in trainer.optimizer.param_groups]
     return result, same and torch.equal(weights, shard.param), steps

@@ -98,6 +98,7 @@ def _load(folder: Path, *, install: bool = True, **options: Any) -> dict[str, An
         megatron_flashoptim.install()
     logged: list[str] = []
     handler = logging.Handler()
+    # Collects messages; a handler is a class to override, this is one to use once.
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.disable(logging.NOTSET)
     logging.getLogger("megatron_flashoptim").addHandler(handler)

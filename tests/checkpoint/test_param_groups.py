@@ -1,0 +1,44 @@
+"""Param groups of a checkpoint find those of the run by their options, not by their order."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def param_groups(megatron: None) -> ModuleType:
+    """Return the module, imported after Megatron."""
+    from megatron_flashoptim.checkpoint import param_groups
+
+    return param_groups
+
+
+def _group(step: int, **options: Any) -> dict[str, Any]:
+    defaults = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "max_lr": 1e-3}
+    return {**defaults, **options, "step": step, "params": []}
+
+
+def test_groups_are_matched_by_their_options(param_groups: ModuleType) -> None:
+    saved = [_group(1, wd_mult=0.0), _group(2)]
+    found = param_groups.match([_group(0), _group(0, wd_mult=0.0)], saved)
+    assert [group["step"] for group in found] == [2, 1]
+
+
+def test_experts_take_the_dense_group_where_they_have_none(
+    param_groups: ModuleType,
+) -> None:
+    """Saved without expert parallelism, loaded with it; and theirs where there is one."""
+    dense, experts = _group(1), _group(2, is_expert_parallel=True)
+    current = [_group(0), _group(0, is_expert_parallel=True)]
+    assert [g["step"] for g in param_groups.match(current, [dense])] == [1, 1]
+    assert [g["step"] for g in param_groups.match(current, [experts, dense])] == [1, 2]
+
+
+def test_a_group_without_counterpart_is_refused_with_both_options(
+    param_groups: ModuleType,
+) -> None:
+    with pytest.raises(ValueError, match=r"max_lr.*0\.5.*max_lr.*0\.001"):
+        param_groups.match([_group(0, max_lr=0.5)], [_group(1)])
