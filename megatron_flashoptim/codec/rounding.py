@@ -128,6 +128,25 @@ def bf16_bits_stochastic(bits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor
     return (bits + draw) >> 16
 
 
+def _rounded_to_odd(
+    product: torch.Tensor, addend: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """Return fp64 sums rounded to odd, which rounded to fp32 are right (Boldo, Melquiond, 2008).
+
+    Args:
+        product: one summand.
+        addend: the other.
+        total: their sum, rounded to nearest; where it is inexact and even, its odd neighbour on
+            the side of the exact sum is returned.
+    """
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)
+    pattern = total.view(torch.int64)
+    away = torch.where((error > 0) == (total > 0), 1, -1)
+    odd = torch.where((error != 0) & (pattern % 2 == 0), pattern + away, pattern)
+    return torch.where(total.isfinite(), odd.view(torch.float64), total)
+
+
 def fma_fp32(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Return ``x * y + z`` of fp32 tensors, rounded once, as a GPU's fused multiply-add."""
     product = x.to(torch.float64) * y.to(torch.float64)  # exact
@@ -135,16 +154,11 @@ def fma_fp32(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     total = product + addend
     # fp64 rounded once already. Rounding again to fp32 can differ only where that lands half way
     # between two fp32 numbers, which is rare, or on a subnormal.
-    pattern = total.view(torch.int64)
-    doubtful = (pattern & 0x1FFFFFFF) == 0x10000000
+    doubtful = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
     doubtful |= total.abs() < 2.0**-126
     if doubtful.any():
-        # Round to odd instead (Boldo and Melquiond, 2008): move to the odd neighbour if inexact.
-        rest = total - product
-        error = (product - (total - rest)) + (addend - rest)
-        away = torch.where((error > 0) == (total > 0), 1, -1)
-        odd = torch.where((error != 0) & (pattern % 2 == 0), pattern + away, pattern)
-        total = torch.where(total.isfinite(), odd.view(torch.float64), total)
+        parts = (part.expand_as(total)[doubtful] for part in (product, addend, total))
+        total[doubtful] = _rounded_to_odd(*parts)
     return total.to(torch.float32)
 
 
