@@ -12,8 +12,6 @@ the weight would move the master instead, the one of the two that carries the tr
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +23,9 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.fragments import read_fragments
 from megatron_flashoptim.checkpoint.model_space import PREFIX, ModelSpace, OwnedRange
-from megatron_flashoptim.checkpoint.stock_reader import StockReader
+from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ, BucketShard
@@ -198,7 +197,7 @@ class StockLoading:
             )
             return report
         try:
-            reader = StockReader(self.folder)
+            reader = CheckpointReader(self.folder)
             for owned in self.ranges:
                 _convert_range(owned, reader, report)
         except (ValueError, OSError) as problem:
@@ -291,7 +290,7 @@ def _whole(flat: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _convert_range(owned: StockRange, reader: StockReader, report: Report) -> None:
+def _convert_range(owned: StockRange, reader: CheckpointReader, report: Report) -> None:
     """Read and encode masters and moments of one parameter, one after the other."""
     elements = slice(owned.start, owned.end)
     weight = owned.shard.param[elements]
@@ -312,7 +311,7 @@ def _convert_range(owned: StockRange, reader: StockReader, report: Report) -> No
     report.elements += owned.end - owned.start
 
 
-def _read(owned: StockRange, reader: StockReader, kind: str) -> torch.Tensor:
+def _read(owned: StockRange, reader: CheckpointReader, kind: str) -> torch.Tensor:
     """Return one kind of state of a range, flat fp32 in host memory."""
     flat = torch.zeros(owned.end - owned.start, dtype=torch.float32)
     for part in owned.parts:
@@ -320,7 +319,8 @@ def _read(owned: StockRange, reader: StockReader, kind: str) -> torch.Tensor:
         key = reader.find(part.key.replace("{kind}", name))
         saved = reader.shape(key)
         if owned.master == _OLDER_MASTER and len(saved) == len(part.shape) + 1:
-            _read_fragments(part, part.place(flat), key, reader)
+            target = part.place(flat)
+            read_fragments(target, part.shape, Box(part.offset, tuple(target.shape)), key, reader)
             continue
         if saved != part.shape and not part.allow_shape_mismatch:
             raise ValueError(
@@ -329,51 +329,6 @@ def _read(owned: StockRange, reader: StockReader, kind: str) -> torch.Tensor:
             )
         reader.read_into(part.place(flat), key, part.offset)
     return flat
-
-
-def _read_fragments(part: StockPart, target: torch.Tensor, key: str, reader: StockReader) -> None:
-    """Read a box of a tensor that ``fully_sharded_model_space`` has cut and flattened.
-
-    A tensor of shape (X, Y) that ranks held as (x, y) each is saved as (X / x, Y / y, x * y): which
-    fragment, and which element of it.
-    """
-    *counts, numel = reader.shape(key)
-    if math.prod(part.shape) != math.prod(counts) * numel or any(
-        size % count for size, count in zip(part.shape, counts, strict=True)
-    ):
-        raise ValueError(
-            f"{key} has {math.prod(counts)} fragments of {numel} elements in the checkpoint, which "
-            f"do not make up the shape {part.shape} of this run"
-        )
-    shape = tuple(size // count for size, count in zip(part.shape, counts, strict=True))
-    wanted = Box(part.offset, tuple(target.shape))
-    spans = (
-        range(first // extent, -(-(first + length) // extent))
-        for first, length, extent in zip(wanted.offset, wanted.shape, shape, strict=True)
-    )
-    for fragment in itertools.product(*spans):
-        origin = tuple(a * b for a, b in zip(fragment, shape, strict=True))
-        common = wanted.intersect(Box(origin, shape))
-        assert common is not None
-        inside = common.relative_to(origin)
-        ends = (a + b - 1 for a, b in zip(inside.offset, inside.shape, strict=True))
-        first = _flat_number(inside.offset, shape)
-        covering = torch.zeros(_flat_number(ends, shape) + 1 - first, dtype=torch.float32)
-        cut = (*(1,) * len(fragment), covering.numel())
-        reader.read_into(covering.view(cut), key, (*fragment, first))
-        into = target
-        for dim, (a, b) in enumerate(
-            zip(common.relative_to(wanted.offset).offset, common.shape, strict=True)
-        ):
-            into = into.narrow(dim, a, b)
-        into.copy_(view_of_box(covering, shape, first, inside))
-
-
-def _flat_number(index: Iterable[int], shape: Sequence[int]) -> int:
-    number = 0
-    for position, extent in zip(index, shape, strict=True):
-        number = number * extent + position
-    return number
 
 
 def _belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:

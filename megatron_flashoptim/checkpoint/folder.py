@@ -1,0 +1,183 @@
+"""What is in a checkpoint folder: which iteration, whose optimizer state, in which layout."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.model_space import PREFIX
+from megatron_flashoptim.checkpoint.reader import CheckpointReader
+
+ADAM = "adam"
+FLASH = "flash"
+WEIGHTS = "weights"
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+# Names of Megatron's Adam of the fp32 master, the second of releases before 0.16.
+_MASTERS = ("param", "fp32_param")
+_IN_MODEL_SPACE = re.compile(rf"(?:chained_\d+\.)?{re.escape(PREFIX)}\.(?P<kind>\w+?)\.(?P<key>.+)")
+_IN_BUCKETS = "optimizer.distributed.dp_group_idx_"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """One iteration of a ``torch_dist`` checkpoint.
+
+    Attributes:
+        path: folder of the iteration.
+        iteration: its number, or None for a release.
+        reader: of its tensors.
+        common: Megatron's state that is the same on all ranks: ``args``, ``iteration``,
+            ``optimizer`` (param groups), ``opt_param_scheduler``, ``content_metadata``.
+        optimizer: whose state it holds: ``"adam"`` (Megatron's own), ``"flash"`` or
+            ``"weights"`` (none).
+        sharding_type: of the optimizer state, ``""`` where there is none.
+    """
+
+    path: Path
+    iteration: int | None
+    reader: CheckpointReader
+    common: dict[str, Any]
+    optimizer: str
+    sharding_type: str
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Megatron's content metadata, empty in checkpoints of releases before 0.14."""
+        return self.common.get("content_metadata") or {}
+
+    @property
+    def flash(self) -> dict[str, Any]:
+        """Description of the flash state, see ``metadata.describe``; empty if there is none."""
+        return self.content.get(metadata.KEY) or {}
+
+    def weights(self) -> list[str]:
+        """Return the keys of the model's tensors."""
+        return [key for key in self.reader.tensors() if not _is_state(key)]
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """Return keys of state in model space by model key and kind, such as ``"exp_avg"``."""
+        found: dict[str, dict[str, str]] = {}
+        for key in self.reader.tensors():
+            if match := _IN_MODEL_SPACE.fullmatch(key):
+                found.setdefault(match["key"], {})[match["kind"]] = key
+        return found
+
+
+def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
+    """Return the folder of one iteration.
+
+    Args:
+        path: as given to ``--save``, or already the folder of an iteration.
+        iteration: which one; by default the latest that was finished.
+
+    Raises:
+        ValueError: there is no such checkpoint; names what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a single file, such as torch.save or the flashoptim package write: state "
+            "dicts of other optimizers are not read; give the folder of a torch_dist checkpoint"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; give what --save or --load was given")
+    if _ITERATION.fullmatch(path.name) or path.name == "release" or (path / ".metadata").is_file():
+        if iteration is not None and _number(path) != iteration:
+            raise ValueError(
+                f"{path} is one iteration; drop --iteration {iteration}, or give {path.parent}"
+            )
+        return path
+    there = sorted(found.name for found in path.iterdir() if _ITERATION.fullmatch(found.name))
+    if iteration is not None:
+        name = f"iter_{iteration:07d}"
+    else:
+        tracker = path / TRACKER
+        if not tracker.is_file():
+            raise ValueError(
+                f"{path} has no {TRACKER}, so it is no checkpoint folder of Megatron"
+                + (f"; it has {', '.join(there)}: give one of these" if there else "")
+            )
+        latest = tracker.read_text().strip()
+        name = "release" if latest == "release" else f"iter_{int(latest):07d}"
+    if not (path / name).is_dir():
+        raise ValueError(f"{path} has no {name}; it has {', '.join(there) or 'no iterations'}")
+    return path / name
+
+
+def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFolder:
+    """Open a checkpoint for reading; loads its description, no tensors.
+
+    Args:
+        path, iteration: as of ``iteration_folder``.
+
+    Raises:
+        ValueError: it is no ``torch_dist`` checkpoint; says what it is and what to do.
+    """
+    folder = iteration_folder(path, iteration)
+    check_format(folder)
+    reader = CheckpointReader(folder)
+    common = load_common_state_dict(str(folder))
+    content = common.get("content_metadata") or {}
+    optimizer, sharding_type = _whose(reader, content)
+    return CheckpointFolder(folder, _number(folder), reader, common, optimizer, sharding_type)
+
+
+def check_format(folder: Path) -> None:
+    """Refuse whatever is no ``torch_dist`` checkpoint.
+
+    Raises:
+        ValueError: names the format and what to do.
+    """
+    if any(folder.glob("mp_rank_*")):
+        raise ValueError(
+            f"{folder} has Megatron's legacy format (--ckpt-format torch). Megatron itself makes "
+            "a torch_dist checkpoint of it: load it with --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save FOLDER in the run's own launch, with the optimizer that saved it"
+        )
+    if not (folder / ".metadata").is_file():
+        raise ValueError(
+            f"{folder} has no .metadata: it is no torch_dist checkpoint, or its save was "
+            "interrupted"
+        )
+    config = maybe_load_config(str(folder))
+    backend = getattr(config, "sharded_backend", None)
+    if backend != "torch_dist":
+        raise ValueError(
+            f"{folder} has the format {backend or 'of torch.distributed.checkpoint alone'}; only "
+            "torch_dist can be read (--ckpt-format torch_dist)"
+        )
+
+
+def _number(folder: Path) -> int | None:
+    match = _ITERATION.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def _is_state(key: str) -> bool:
+    return bool(_IN_MODEL_SPACE.fullmatch(key)) or _IN_BUCKETS in key
+
+
+def _whose(reader: CheckpointReader, content: dict[str, Any]) -> tuple[str, str]:
+    """Return whose optimizer state there is, and its sharding type."""
+    in_model_space, in_buckets, masters = False, False, set()
+    for key in reader.tensors():
+        if match := _IN_MODEL_SPACE.fullmatch(key):
+            in_model_space = True
+            if match["kind"] in _MASTERS:
+                masters.add(match["kind"])
+        in_buckets = in_buckets or _IN_BUCKETS in key
+    if not in_model_space and not in_buckets:
+        return WEIGHTS, ""
+    sharding_type = content.get(metadata.SHARDING_TYPE)
+    if sharding_type is None:  # releases before 0.14 say it nowhere
+        older = metadata.FULLY_SHARDED_MODEL_SPACE
+        sharding_type = older if in_model_space else metadata.DP_RESHARDABLE
+    return (FLASH if metadata.KEY in content else ADAM), str(sharding_type)

@@ -1,0 +1,192 @@
+"""Reading tensors of a ``torch_dist`` checkpoint one box at a time, outside Megatron's own load.
+
+Megatron reads all tensors of a sharded state dict in one go, and torch's reader whole saved shards.
+Here a box is copied out of the mapped file, so that nothing but the box is in memory. Nothing is
+collective: each process reads what it wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from megatron_flashoptim.checkpoint.boxes import Box
+from megatron_flashoptim.checkpoint.torch_file import Stored, locate, mapped
+
+# Saved shards whose place is remembered.
+_MOST_REMEMBERED = 64
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint folder.
+
+    Args:
+        folder: folder of one iteration, with torch's ``.metadata``.
+
+    Attributes:
+        folder: the same.
+        metadata: torch's, of all tensors and byte strings.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.metadata: Metadata = FileSystemReader(folder).read_metadata()
+        self._tensors = self.metadata.state_dict_metadata
+        self._stored: dict[MetadataIndex, Stored] = {}
+        self._found: dict[str, str] = {}
+
+    def tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        """Return shape, dtype and saved boxes (``chunks``) of each tensor by key."""
+        return {k: v for k, v in self._tensors.items() if isinstance(v, TensorStorageMetadata)}
+
+    def byte_strings(self) -> list[str]:
+        """Return the keys of what is no tensor, such as RNG states."""
+        return [k for k, v in self._tensors.items() if isinstance(v, BytesStorageMetadata)]
+
+    def find(self, pattern: str) -> str:
+        """Return the key that a pattern with at most one ``*`` stands for.
+
+        A key without may have ``chained_N.`` in front, as Megatron's chains had once. Without
+        such a tensor, returns the pattern, which then names it in errors.
+        """
+        if pattern in self._tensors:
+            return pattern
+        if pattern not in self._found:
+            begin, star, end = pattern.partition("*")
+            if not star:
+                begin, end = "chained_", f".{pattern}"
+            keys = (key for key in self._tensors if key.startswith(begin) and key.endswith(end))
+            self._found[pattern] = next(keys, pattern)
+        return self._found[pattern]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor.
+
+        Raises:
+            ValueError: the checkpoint has no tensor of that key.
+        """
+        return tuple(self._tensor(key).size)
+
+    def chunks(self, key: str) -> list[Box]:
+        """Return the boxes in which a tensor was saved.
+
+        Raises:
+            ValueError: the checkpoint has no tensor of that key.
+        """
+        return [Box(tuple(c.offsets), tuple(c.sizes)) for c in self._tensor(key).chunks]
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """Return a box of a tensor, of its dtype, in host memory.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor, or no such box in it.
+        """
+        found = self._tensor(key)
+        values = torch.empty(box.shape, dtype=found.properties.dtype)
+        if self._copy_into(values, key, box) != box.numel():
+            raise ValueError(
+                f"{key} in {self.folder} has the shape {tuple(found.size)} and does not have all "
+                f"elements of the box at {box.offset} of shape {box.shape}"
+            )
+        return values
+
+    def read_into(self, target: torch.Tensor, key: str, offset: Sequence[int]) -> None:
+        """Read a box of a tensor; elements beyond the tensor's end stay as they are.
+
+        Args:
+            target: receives the box, of its shape and converted to its dtype.
+            key: of the tensor.
+            offset: where the box begins in it.
+
+        Raises:
+            ValueError: the checkpoint has no tensor of that key.
+        """
+        self._copy_into(target, key, Box(tuple(offset), tuple(target.shape)))
+
+    def read_bytes(self, key: str) -> bytes:
+        """Return a byte string by its key.
+
+        Raises:
+            ValueError: the checkpoint has none of that key.
+        """
+        info = self.metadata.storage_data.get(MetadataIndex(key))
+        if info is None:
+            raise ValueError(f"the checkpoint in {self.folder} has nothing under the key {key}")
+        with self._open(info.relative_path) as file:
+            file.seek(info.offset)
+            found: bytes = file.read(info.length)
+            return found
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        found: Any = self._tensors.get(key)
+        if not isinstance(found, TensorStorageMetadata):
+            raise ValueError(
+                f"the checkpoint in {self.folder} has no tensor {key}: it holds no such state "
+                "for this model. Load the weights alone with --no-load-optim --no-load-rng, or "
+                "--finetune"
+            )
+        return found
+
+    def _copy_into(self, target: torch.Tensor, key: str, box: Box) -> int:
+        """Copy the saved part of a box into a tensor; returns the number of elements copied."""
+        copied = 0
+        dtype = self._tensor(key).properties.dtype
+        for number, saved in enumerate(self.chunks(key)):
+            common = box.intersect(saved)
+            if common is None:
+                continue
+            stored = self._located(key, saved, number)
+            into = _part(target, common.relative_to(box.offset))
+            try:
+                values = mapped(self.folder / stored.file, stored, dtype)
+            except (ValueError, OSError) as problem:
+                raise self._damaged(stored.file, problem) from problem
+            into.copy_(_part(values, common.relative_to(saved.offset)))
+            copied += common.numel()
+        return copied
+
+    def _located(self, key: str, saved: Box, number: int) -> Stored:
+        """Return where a saved box is in the files."""
+        index = MetadataIndex(key, torch.Size(saved.offset), number)
+        if index not in self._stored:
+            while len(self._stored) >= _MOST_REMEMBERED:
+                del self._stored[next(iter(self._stored))]
+            info = self.metadata.storage_data[index]
+            if getattr(info, "transform_descriptors", None):
+                raise ValueError(
+                    f"{key} in {self.folder} was saved with the transformations "
+                    f"{info.transform_descriptors}, which are not known here; save it without"
+                )
+            with self._open(info.relative_path) as file:
+                try:
+                    self._stored[index] = locate(file, info.relative_path, info.offset, info.length)
+                except (ValueError, EOFError, BadZipFile, UnpicklingError) as problem:
+                    raise self._damaged(info.relative_path, problem) from problem
+        return self._stored[index]
+
+    def _open(self, name: str) -> Any:
+        try:
+            return open(self.folder / name, "rb")
+        except OSError as problem:
+            raise self._damaged(name, problem) from problem
+
+    def _damaged(self, name: str, problem: Exception) -> ValueError:
+        return ValueError(f"the checkpoint in {self.folder} is damaged: {name}: {problem}")
+
+
+def _part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    for dim, (start, extent) in enumerate(zip(box.offset, box.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, extent)
+    return tensor
