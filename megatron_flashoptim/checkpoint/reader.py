@@ -45,6 +45,7 @@ class CheckpointReader:
         self.metadata: Metadata = FileSystemReader(folder).read_metadata()
         self._tensors = self.metadata.state_dict_metadata
         self._stored: dict[MetadataIndex, Stored] = {}
+        self._chunks: dict[str, list[Box]] = {}
         self._found: dict[str, str] = {}
 
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
@@ -85,7 +86,10 @@ class CheckpointReader:
         Raises:
             ValueError: the checkpoint has no tensor of that key.
         """
-        return [Box(tuple(c.offsets), tuple(c.sizes)) for c in self._tensor(key).chunks]
+        if key not in self._chunks:
+            chunks = self._tensor(key).chunks
+            self._chunks[key] = [Box(tuple(c.offsets), tuple(c.sizes)) for c in chunks]
+        return self._chunks[key]
 
     def read(self, key: str, box: Box) -> torch.Tensor:
         """Return a box of a tensor, of its dtype, in host memory.
@@ -93,27 +97,30 @@ class CheckpointReader:
         Raises:
             ValueError: the checkpoint has no such tensor, or no such box in it.
         """
-        found = self._tensor(key)
-        values = torch.empty(box.shape, dtype=found.properties.dtype)
-        if self._copy_into(values, key, box) != box.numel():
-            raise ValueError(
-                f"{key} in {self.folder} has the shape {tuple(found.size)} and does not have all "
-                f"elements of the box at {box.offset} of shape {box.shape}"
-            )
+        values = torch.empty(box.shape, dtype=self._tensor(key).properties.dtype)
+        self.read_into(values, key, box.offset)
         return values
 
-    def read_into(self, target: torch.Tensor, key: str, offset: Sequence[int]) -> None:
-        """Read a box of a tensor; elements beyond the tensor's end stay as they are.
+    def read_into(
+        self, target: torch.Tensor, key: str, offset: Sequence[int], *, partly: bool = False
+    ) -> None:
+        """Read a box of a tensor.
 
         Args:
             target: receives the box, of its shape and converted to its dtype.
             key: of the tensor.
             offset: where the box begins in it.
+            partly: elements beyond the tensor's end stay as they are.
 
         Raises:
-            ValueError: the checkpoint has no tensor of that key.
+            ValueError: the checkpoint has no such tensor, or not all of the box.
         """
-        self._copy_into(target, key, Box(tuple(offset), tuple(target.shape)))
+        box = Box(tuple(offset), tuple(target.shape))
+        if self._copy_into(target, key, box) != box.numel() and not partly:
+            raise ValueError(
+                f"{key} in {self.folder} has the shape {self.shape(key)} and not all elements of "
+                f"the box at {box.offset} of shape {box.shape}"
+            )
 
     def read_bytes(self, key: str) -> bytes:
         """Return a byte string by its key.
