@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFol
     folder = iteration_folder(path, iteration)
     check_format(folder)
     reader = CheckpointReader(folder)
-    common = load_common_state_dict(str(folder))
+    with warnings.catch_warnings():
+        # That there is no process group, which is what is wanted.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        common = load_common_state_dict(str(folder))
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
     return CheckpointFolder(folder, _number(folder), reader, common, optimizer, sharding_type)

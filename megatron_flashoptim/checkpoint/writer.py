@@ -107,7 +107,7 @@ class _Producer(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return a tensor, or a byte string as a file."""
         value = self._produce(write_item.index)
-        self.hashes[write_item.index] = _hash(value)
+        self.hashes[write_item.index] = content_hash(value)
         return io.BytesIO(value) if isinstance(value, bytes) else value
 
 
@@ -190,14 +190,15 @@ def verify_part(reader: CheckpointReader, record: Record) -> None:
             if index.fqn not in boxes:
                 boxes[index.fqn] = {box.offset: box for box in reader.chunks(index.fqn)}
             found = reader.read(index.fqn, boxes[index.fqn][tuple(index.offset)])
-        if _hash(found) != record.hashes[index]:
+        if content_hash(found) != record.hashes[index]:
             raise ValueError(
                 f"{index.fqn} was not written as it should be in {reader.folder}: the disk or its "
                 "file system returned other bytes"
             )
 
 
-def _hash(value: torch.Tensor | bytes) -> int:
+def content_hash(value: torch.Tensor | bytes) -> int:
+    """Return the CRC-32 of a tensor's bytes, row-major, or of a byte string."""
     if isinstance(value, bytes):
         return zlib.crc32(value)
     return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
