@@ -88,9 +88,11 @@ class Report:
                 f"the Adam state in the checkpoint does not belong to its weights: the fp32 master "
                 f"rounded to bf16 is not the weight in {len(self.damaged)} parameters ({named}). "
                 "Megatron's fully_reshardable save shifts masters and moments where buckets end in "
-                "padding (--overlap-grad-reduce). Load the weights, which are right, with "
-                "--no-load-optim --no-load-rng or --finetune, or a checkpoint saved with "
-                "dp_reshardable (without --dist-ckpt-optim-fully-reshardable)"
+                "padding (--overlap-grad-reduce). The weights are right: `megatron-flashoptim "
+                "convert --to flash --repair` makes masters of them and drops the moments of these "
+                "parameters; or load the weights alone with --no-load-optim --no-load-rng or "
+                "--finetune; or take a checkpoint saved with dp_reshardable (without "
+                "--dist-ckpt-optim-fully-reshardable)"
             )
 
     def text(self) -> str:

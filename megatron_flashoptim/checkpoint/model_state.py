@@ -36,9 +36,11 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Key and where in the tensor the chunk is, for messages."""
-        leading = self.box.offset[: max(0, len(self.box.offset) - 1)]
-        return self.key + (f"[{', '.join(map(str, leading))}]" if len(leading) else "")
+        """Key and, in front of a stack of layers or experts, which; for messages."""
+        shape = self.box.shape
+        last = max(0, len(shape) - 1)
+        stacked = next((n for n, extent in enumerate(shape[:last]) if extent != 1), last)
+        return self.key + (f"[{', '.join(map(str, self.box.offset[:stacked]))}]" if stacked else "")
 
     def has_whole_groups(self) -> bool:
         """Return whether no quantization group runs over the end of a row."""

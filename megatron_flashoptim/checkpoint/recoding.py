@@ -99,17 +99,19 @@ class Recoding:
                 "--repair mends checkpoints of Megatron's Adam; in "
                 f"{self._folder.path}, of flash, the weights are the masters' high parts"
             )
-        saved = FlashOptimConfig(
-            **{
-                **dataclasses.asdict(self.flash),
-                "master_bits": described.get("master_bits", 24),
-                "exp_avg_sq_code": described.get("exp_avg_sq_code", "sqrt"),
-                "master_rounding": "stochastic",
-            }
+        saved_bits = described.get("master_bits", 24)
+        saved_code = described.get("exp_avg_sq_code", "sqrt")
+        # The code of the second moment can be changed here, which a run cannot while it loads.
+        bits = self.flash.master_bits if self.target == FLASH else saved_bits
+        readable = dataclasses.replace(
+            self.flash,
+            master_bits=bits,
+            exp_avg_sq_code=saved_code,
+            master_rounding="stochastic",
         )
-        metadata.check(described, saved, described.get("weights", "bfloat16"))
+        metadata.check(described, readable, described.get("weights", "bfloat16"))
         wanted = (self.flash.master_bits, self.flash.exp_avg_sq_code)
-        if self.target == FLASH and wanted == (saved.master_bits, saved.exp_avg_sq_code):
+        if self.target == FLASH and wanted == (saved_bits, saved_code):
             raise ValueError(
                 f"{self._folder.path} is a flash checkpoint with {wanted[0]}-bit masters and the "
                 f"code {wanted[1]} already"

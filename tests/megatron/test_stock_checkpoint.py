@@ -2,148 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adam_checkpoints import BUCKETS, FLATTENED, FULLY, encoded, load, save, save_flattened
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
-from megatron_flashoptim.codec import (
-    encode_exp_avg,
-    encode_exp_avg_sq,
-    join_master,
-    split_master,
-)
 
 FULL = "--dist-ckpt-optim-fully-reshardable"
 
 
-def _save(folder: Path, save_as: str, steps: int = 3, **options: Any) -> Any:
-    """Train stock Adam; returns its state in model space and its param groups."""
-    import checkpoints
-    import tiny_gpt
-    from exact_adamw import use_as_megatrons_adam
-
-    use_as_megatrons_adam()
-    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None, **options))
-    trainer.train(steps)
-    checkpoints.save(trainer, folder, save_as)
-    return checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
-
-
-def _save_flattened(folder: Path, **options: Any) -> Any:
-    """Save stock Adam's state as releases before 0.16 did by default; 0.19 cannot write it.
-
-    As Megatron's own description of the format has it: a tensor of global shape (X, Y) and local
-    shape (x, y) is stored as (X / x, Y / y, x * y), each rank's range a piece of the last axis.
-    """
-    import checkpoints
-    import tiny_gpt
-    from exact_adamw import use_as_megatrons_adam
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-
-    use_as_megatrons_adam()
-    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None, **options))
-    trainer.train(3)
-    checkpoints.fork_queue_of_results()
-    model = trainer.model[0].module.sharded_state_dict()
-    bases, _ = extract_sharded_tensors_and_factories(model)
-    base_of = {id(base.data): base for base in nested_values(bases)}
-    state: dict[str, Any] = {}
-    (member,) = trainer.optimizer.chained_optimizers
-    for param, start, parts in checkpoints._stock_ranges(member):
-        base = base_of[id(param)]
-        counts = base.axis_fragmentations
-        in_front = base.prepend_axis_num
-        whole = (*(1,) * in_front, *base.local_shape)
-        fragment = tuple(o // s for o, s in zip(base.global_offset, whole, strict=True))
-        for kind, tensor in parts.items():
-            name = "fp32_param" if kind == "master" else kind
-            data = tensor.view((1,) * len(counts) + (-1,))
-            state[f"{name}.{id(param)}"] = ShardedTensor(
-                f"optimizer.state.{name}.{base.key}",
-                data,
-                data.dtype,
-                tuple(data.shape),
-                (*counts, param.numel()),
-                (*fragment, start),
-                axis_fragmentations=None,
-                replica_id=(*base.replica_id[:2], 0),
-            )
-    saved = {
-        "model": model,
-        "optimizer": {**trainer.optimizer.state_dict(), "param_state": state},
-        "step_number": 3,
-    }
-    metadata = checkpoints.metadata_of("fully_sharded_model_space")
-    strategy = checkpoints.TorchDistSaveShardedStrategy()
-    dist_checkpointing.save(saved, str(folder), strategy, content_metadata=metadata)
-    return checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
-
-
-def _load(folder: Path, *, install: bool = True, **options: Any) -> dict[str, Any]:
-    """Load into flash_adamw; returns state, groups, weights and what was logged or raised."""
-    import checkpoints
-    import tiny_gpt
-
-    import megatron_flashoptim
-
-    if install:
-        megatron_flashoptim.install()
-    logged: list[str] = []
-    handler = logging.Handler()
-    # Collects messages; a handler is a class to override, this is one to use once.
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.disable(logging.NOTSET)
-    logging.getLogger("megatron_flashoptim").addHandler(handler)
-    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.5  # must come from the checkpoint
-    before = trainer.weights()
-    try:
-        checkpoints.load(trainer, folder, parallel=options.get("tp", 1) == 2)
-    except ValueError as problem:
-        return {"error": str(problem)}
-    loaded = checkpoints.in_model_space(trainer)
-    weights = trainer.weights()
-    assert not all(torch.equal(before[name], weights[name]) for name in before)
-    return {
-        "state": loaded,
-        "groups": checkpoints.plain_groups(trainer),
-        "weights": weights,
-        "logged": [message for message in logged if message.startswith("converted")],
-        "losses": trainer.train(2),
-    }
-
-
-def _encoded(stock: dict[str, torch.Tensor], bits: int | None) -> dict[str, torch.Tensor]:
-    """Return what stock state becomes by the public codec, in the shape of ``joined``."""
-    found = {}
-    for key, tensor in stock.items():
-        kind, _, name = key.partition(".")
-        flat = tensor.flatten()
-        if kind == "master" and bits is None:
-            found[key] = tensor
-            continue
-        if kind == "master":
-            found[key] = join_master(*split_master(flat, bits=bits)).view(tensor.shape)
-            continue
-        encode = encode_exp_avg if kind == "exp_avg" else encode_exp_avg_sq
-        codes, scale = encode(flat)
-        found[key] = codes.view(tensor.shape)
-        per_element = scale.view(torch.int16).repeat_interleave(32)[: flat.numel()]
-        found[f"{kind}_scale.{name}"] = per_element.view(tensor.shape)
-    return found
-
-
-FULLY, BUCKETS = "fully_reshardable", "dp_reshardable"
-FLATTENED = "fully_sharded_model_space"
 PLAIN = {"layers": 2, "query_groups": 2}
 DENSE = {"swiglu": True, "query_groups": 2, "layers": 2}
 EXPERTS = {"experts": 4, "swiglu": True}
@@ -187,15 +58,15 @@ def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
 
     save_as, (saved_by, saved_options), (loaded_by, options) = CASES[case]
     if save_as == FLATTENED:
-        stock = run_ranks(saved_by, _save_flattened, tmp_path, **saved_options)
+        stock = run_ranks(saved_by, save_flattened, tmp_path, **saved_options)
     else:
-        stock = run_ranks(saved_by, _save, tmp_path, save_as, **saved_options)
-    flash = run_ranks(loaded_by, _load, tmp_path, **options)
+        stock = run_ranks(saved_by, save, tmp_path, save_as, **saved_options)
+    flash = run_ranks(loaded_by, load, tmp_path, **options)
     assert not any("error" in rank for rank in flash), flash[0]
     bits = options.get("flash", FlashOptimConfig()).master_bits
     vocab = 256 if "vocab" in options else None
     exact_state = joined([state for state, _ in stock], vocab)
-    wanted = _encoded(exact_state, bits if options.get("bf16", True) else None)
+    wanted = encoded(exact_state, bits if options.get("bf16", True) else None)
     assert all(tensor.any() for key, tensor in wanted.items() if key.startswith("exp_avg_sq."))
     assert_same(joined([rank["state"] for rank in flash], vocab), wanted)
     for rank in flash:
@@ -223,8 +94,8 @@ def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
 def test_stocks_shifted_masters_are_found_and_named(tmp_path: Path) -> None:
     """Stock's own defect, made by stock: buckets with padding, saved as fully_reshardable."""
     options = {"layers": 2, "overlap": True, "bucket_size": 15_000, "hidden": 72}
-    run_ranks(2, _save, tmp_path, FULLY, **options)
-    for rank in run_ranks(2, _load, tmp_path, **options):
+    run_ranks(2, save, tmp_path, FULLY, **options)
+    for rank in run_ranks(2, load, tmp_path, **options):
         assert "does not belong to its weights" in rank["error"]
         assert "decoder.layers." in rank["error"] and "--no-load-optim" in rank["error"]
 
@@ -237,15 +108,15 @@ def test_other_sharding_types_are_refused_by_name() -> None:
 
 
 def test_without_install_the_error_says_so(tmp_path: Path) -> None:
-    run_ranks(1, _save, tmp_path, FULLY, layers=1)
-    (rank,) = run_ranks(1, _load, tmp_path, install=False, layers=1)
+    run_ranks(1, save, tmp_path, FULLY, layers=1)
+    (rank,) = run_ranks(1, load, tmp_path, install=False, layers=1)
     assert "megatron_flashoptim.install()" in rank["error"]
 
 
 def test_other_buckets_are_refused_with_both_sizes(tmp_path: Path) -> None:
     options = {"layers": 1, "overlap": True}
-    run_ranks(1, _save, tmp_path, BUCKETS, bucket_size=30_000, **options)
-    (rank,) = run_ranks(1, _load, tmp_path, bucket_size=60_000, **options)
+    run_ranks(1, save, tmp_path, BUCKETS, bucket_size=30_000, **options)
+    (rank,) = run_ranks(1, load, tmp_path, bucket_size=60_000, **options)
     assert "in the checkpoint and" in rank["error"] and "--ddp-bucket-size" in rank["error"]
 
 
@@ -277,7 +148,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         folder = tmp_path / str(layers)
         folder.mkdir()
         options = {"hidden": 256, "layers": layers}
-        run_ranks(1, _save, folder, FULLY, 1, **options)
+        run_ranks(1, save, folder, FULLY, 1, **options)
         ((peak, numel),) = run_ranks(1, _peak_of_load, folder, **options)
         peaks.append(peak)
         sizes.append(12 * numel)
