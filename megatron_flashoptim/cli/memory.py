@@ -150,27 +150,46 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the gradient buffer (Megatron's default is fp32)",
     )
     parser.add_argument(
-        "--gpus", type=_positive(int), help="number of GPUs, with Megatron's arguments"
+        "--gpus",
+        type=_positive(int),
+        help="number of GPUs, with Megatron's arguments; with --checkpoint as many as saved it "
+        "if not given",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="checkpoint (torch_dist or torch, of Adam or flash_adamw) to take the arguments from; "
+        "arguments given beside it stand instead of its own",
     )
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.parameters is None:
-        if options.gpus is None or not options.more:
-            raise UsageError("give --parameters, or --gpus and Megatron's arguments")
-        from megatron_flashoptim.megatron import planner
-
-        try:
-            size = planner.plan(options.more, int(options.gpus))
-        except planner.ArgumentsError as problem:
-            raise UsageError(str(problem)) from problem
-        print(render_run(size))
+        print(render_run(_planned(options)))
         return
-    if options.more or options.gpus is not None:
-        given = options.more[0] if options.more else "--gpus"
-        raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
+    for given, is_given in (
+        ("--gpus", options.gpus is not None),
+        ("--checkpoint", options.checkpoint is not None),
+        *((argument, True) for argument in options.more[:1]),
+    ):
+        if is_given:
+            raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
     print(render(options.parameters, options.data_parallel_size, grad_bytes))
+
+
+def _planned(options: argparse.Namespace) -> RunSize:
+    if options.checkpoint is None and (options.gpus is None or not options.more):
+        raise UsageError("give --parameters, --checkpoint, or --gpus and Megatron's arguments")
+    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.planned_args import ArgumentsError
+
+    try:
+        if options.checkpoint is not None:
+            return planner.plan_checkpoint(options.checkpoint, options.more, options.gpus)
+        return planner.plan(options.more, options.gpus)
+    except ArgumentsError as problem:
+        raise UsageError(str(problem)) from problem
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:

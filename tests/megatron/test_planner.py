@@ -77,7 +77,7 @@ def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", "2"), "give --parameters, or --gpus and Megatron's arguments"),
+        (("--gpus", "2"), "give --parameters, --checkpoint, or --gpus and Megatron's arguments"),
         (("--parameters", "1e9", "--num-layers", "2"), "--num-layers cannot be used with"),
         (
             ("--gpus", "1", *COMMON.split(), "--hidden-sizes", "2"),
