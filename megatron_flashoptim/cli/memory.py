@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_flashoptim.cli.command import Command, UsageError
-from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS
-from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY
+from megatron_flashoptim.codec.spec import MASTER_BITS
+from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
 
 if TYPE_CHECKING:
     from megatron_flashoptim.megatron.planner import RunSize, StageSize
@@ -36,11 +36,6 @@ class Footprint:
     def per_rank(self, data_parallel_size: int) -> float:
         """Return bytes per parameter that one rank holds."""
         return 2.0 + self.gradient + self.state / data_parallel_size
-
-
-def flash_state_bytes(master_bits: int) -> float:
-    """Return bytes of state per parameter: correction, two codes, two bf16 scales per group."""
-    return (master_bits - 16) / 8 + 2 + 2 * 2 / GROUP_SIZE
 
 
 def footprints(grad_bytes: int) -> list[Footprint]:
@@ -99,8 +94,7 @@ def variants() -> list[Variant]:
     for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
         rows.append(Variant(f"precision-aware, {dtype} moments", False, (2 + moments, 2 + moments)))
     for bits in sorted(MASTER_BITS, reverse=True):
-        # And the table of segments, one int32 per tile.
-        state = flash_state_bytes(bits) + 4 / (GROUPS_PER_ENTRY * GROUP_SIZE)
+        state = flash_state_bytes(bits) + TABLE_BYTES
         rows.append(Variant(f"flash_adamw, {bits}-bit masters", True, (state, state)))
     return rows
 

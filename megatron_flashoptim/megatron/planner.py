@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_flashoptim.checkpoint.saved_args import read_saved_args
+from megatron_flashoptim.checkpoint.saved_args import iteration_folder, read_saved_args
 from megatron_flashoptim.megatron import planned_args
 from megatron_flashoptim.megatron.planned_args import ArgumentsError
 
@@ -86,8 +86,9 @@ def plan_checkpoint(
         ArgumentsError: Megatron refuses ``arguments`` or ``world_size``, with its message.
         ValueError: the checkpoint cannot be read, or is not of a GPT.
     """
+    found = iteration_folder(folder)
     with _prepared():
-        saved = read_saved_args(folder)
+        saved = read_saved_args(found)
         planned_args.refuse_other_checkpoints(saved)
         try:
             args = planned_args.parse(arguments, world_size or saved.args.world_size, saved)
