@@ -200,12 +200,18 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 COMMAND = Command(
     name="memory",
     summary="bytes per rank of weights, gradients and optimizer state",
-    description="Give a number of parameters, or the arguments of Megatron's pretrain_gpt.py.",
+    description="Compare Adam, the precision-aware optimizer and flash_adamw.\n"
+    "Give a number of parameters, the arguments of a GPT's pretrain_gpt.py,\n"
+    "or a checkpoint of a GPT.",
     examples=(
         "memory --parameters 8e9 --data-parallel-size 16",
         "memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
+        "memory --checkpoint DIR",
+        "memory --checkpoint DIR --gpus 64 --tensor-model-parallel-size 4",
     ),
     add_arguments=_add_arguments,
     run=_run,
+    failure="the checkpoint cannot be planned, or a package is missing; one line on stderr says\n"
+    "     why and what to do",
     takes_more=True,
 )
