@@ -40,6 +40,8 @@ def _save(folder: Path, flags: list[str], options: dict[str, Any]) -> None:
         adam = ["adam" if flag == "flash_adamw" else flag for flag in training_checkpoints._FLAGS]
         training_checkpoints._FLAGS = adam
     trained = training_checkpoints.Run(folder, *flags, **options)
+    # What Megatron's tokenizers that read a file leave of the vocabulary's size.
+    trained.args.vocab_size, trained.args.padded_vocab_size = None, 256
     trained.train(1)
     trained.save(7)
 

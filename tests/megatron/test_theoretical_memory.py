@@ -34,6 +34,12 @@ FLASH: dict[str, tuple[str, int, float]] = {
         SHARED_OF_MOE * (6 + (3.125 + TABLE) / 8)
         + LAYERS * EXPERTS * MLP / 4 * (6 + (3.125 + TABLE) / 2),
     ),
+    "experts and instances": (
+        f"{MOE} --num-distributed-optimizer-instances 2",
+        16,
+        SHARED_OF_MOE * (6 + (3.125 + TABLE) / 8)
+        + LAYERS * EXPERTS * MLP / 4 * (6 + (3.125 + TABLE) / 2),
+    ),
 }
 
 

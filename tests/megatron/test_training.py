@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from console import run
 from ranks import run_ranks
 
 from megatron_flashoptim.megatron import cpu
@@ -107,6 +108,11 @@ def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
     assert {t.dtype for t in ours.values()} >= {torch.int8, torch.uint8, torch.bfloat16}
     for key, tensor in ours.items():
         assert torch.equal(tensor, theirs[key]), key
+    # Its arguments are those of a whole training run, with data, schedule and tokenizer.
+    planned = run("memory", "--checkpoint", str(tmp_path / "whole"))
+    weights = [tensor for key, tensor in ours.items() if not key.startswith("optimizer.")]
+    parameters = sum(tensor.numel() for tensor in weights)
+    assert planned.stdout.startswith(f"{parameters} parameters on a rank"), planned.stderr
 
 
 @pytest.fixture(scope="module")
