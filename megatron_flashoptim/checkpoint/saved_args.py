@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -19,6 +20,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 _TRACKER = "latest_checkpointed_iteration.txt"
 # First file of the legacy torch format.
 _LEGACY = "mp_rank_*/model_optim_rng.pt"
+# Of a damaged or foreign file; torch's own is no ValueError, and not even an Exception.
+_UNREADABLE = (
+    CheckpointException,
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,8 @@ def read_saved_args(folder: str | Path) -> SavedArgs:
                 f"the checkpoint in {iteration} is of a format that is not read; "
                 "torch_dist and torch are"
             )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as problem:
-        first = next(iter(str(problem).splitlines()), type(problem).__name__)
+    except (*_UNREADABLE, dist_checkpointing.core.CheckpointingException) as problem:
+        first = next(iter(str(problem).splitlines()), "") or type(problem).__name__
         raise ValueError(
             f"the arguments in the checkpoint in {iteration} cannot be read ({first}); the files "
             "may be damaged, or hold classes that Megatron does not list as safe to load"

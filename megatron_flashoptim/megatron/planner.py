@@ -90,8 +90,11 @@ def plan_checkpoint(
     with _prepared():
         saved = read_saved_args(found)
         planned_args.refuse_other_checkpoints(saved)
+        ranks = world_size or getattr(saved.args, "world_size", None)
+        if ranks is None:
+            raise ValueError(f"{saved.folder} does not say how many ranks saved it; add --gpus")
         try:
-            args = planned_args.parse(arguments, world_size or saved.args.world_size, saved)
+            args = planned_args.parse(arguments, ranks, saved)
         except ArgumentsError as problem:
             if arguments or world_size:
                 raise

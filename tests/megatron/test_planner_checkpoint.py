@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,14 @@ def test_a_folder_that_cannot_be_planned_says_why(make: Any, tmp_path: Path) -> 
     assert message in str(raised.value)
     # An error of the checkpoint, not of the command line.
     assert type(raised.value) is ValueError
+
+
+def test_a_damaged_torch_dist_checkpoint_is_named(saved: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved["adam, torch_dist"], tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "iter_0000007").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"iter_0000007 cannot be read \("):
+        _forked("plan_checkpoint", str(tmp_path))
 
 
 def test_a_missing_folder_exits_with_1_and_one_line() -> None:
