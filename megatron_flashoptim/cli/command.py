@@ -120,8 +120,8 @@ def main(commands: Sequence[Command], version: str, argv: Sequence[str] | None =
 
 
 def _silence_imports() -> None:
-    """Keep quiet about a GPU and packages that training needs and these commands do not."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    """Keep quiet about GPUs, ranks and packages that training needs and these commands do not."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_flashoptim.cli.command import Command, UsageError
-from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS
-from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY
+from megatron_flashoptim.codec.spec import MASTER_BITS
+from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
 
 if TYPE_CHECKING:
     from megatron_flashoptim.megatron.planner import RunSize, StageSize
@@ -36,11 +36,6 @@ class Footprint:
     def per_rank(self, data_parallel_size: int) -> float:
         """Return bytes per parameter that one rank holds."""
         return 2.0 + self.gradient + self.state / data_parallel_size
-
-
-def flash_state_bytes(master_bits: int) -> float:
-    """Return bytes of state per parameter: correction, two codes, two bf16 scales per group."""
-    return (master_bits - 16) / 8 + 2 + 2 * 2 / GROUP_SIZE
 
 
 def footprints(grad_bytes: int) -> list[Footprint]:
@@ -99,8 +94,7 @@ def variants() -> list[Variant]:
     for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
         rows.append(Variant(f"precision-aware, {dtype} moments", False, (2 + moments, 2 + moments)))
     for bits in sorted(MASTER_BITS, reverse=True):
-        # And the table of segments, one int32 per tile.
-        state = flash_state_bytes(bits) + 4 / (GROUPS_PER_ENTRY * GROUP_SIZE)
+        state = flash_state_bytes(bits) + TABLE_BYTES
         rows.append(Variant(f"flash_adamw, {bits}-bit masters", True, (state, state)))
     return rows
 
@@ -150,27 +144,46 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the gradient buffer (Megatron's default is fp32)",
     )
     parser.add_argument(
-        "--gpus", type=_positive(int), help="number of GPUs, with Megatron's arguments"
+        "--gpus",
+        type=_positive(int),
+        help="number of GPUs, with Megatron's arguments; with --checkpoint as many as saved it "
+        "if not given",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="checkpoint (torch_dist or torch, of Adam or flash_adamw) to take the arguments from; "
+        "arguments given beside it stand instead of its own",
     )
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.parameters is None:
-        if options.gpus is None or not options.more:
-            raise UsageError("give --parameters, or --gpus and Megatron's arguments")
-        from megatron_flashoptim.megatron import planner
-
-        try:
-            size = planner.plan(options.more, int(options.gpus))
-        except planner.ArgumentsError as problem:
-            raise UsageError(str(problem)) from problem
-        print(render_run(size))
+        print(render_run(_planned(options)))
         return
-    if options.more or options.gpus is not None:
-        given = options.more[0] if options.more else "--gpus"
-        raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
+    for given, is_given in (
+        ("--gpus", options.gpus is not None),
+        ("--checkpoint", options.checkpoint is not None),
+        *((argument, True) for argument in options.more[:1]),
+    ):
+        if is_given:
+            raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
     print(render(options.parameters, options.data_parallel_size, grad_bytes))
+
+
+def _planned(options: argparse.Namespace) -> RunSize:
+    if options.checkpoint is None and (options.gpus is None or not options.more):
+        raise UsageError("give --parameters, --checkpoint, or --gpus and Megatron's arguments")
+    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.planned_args import ArgumentsError
+
+    try:
+        if options.checkpoint is not None:
+            return planner.plan_checkpoint(options.checkpoint, options.more, options.gpus)
+        return planner.plan(options.more, options.gpus)
+    except ArgumentsError as problem:
+        raise UsageError(str(problem)) from problem
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -187,12 +200,18 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 COMMAND = Command(
     name="memory",
     summary="bytes per rank of weights, gradients and optimizer state",
-    description="Give a number of parameters, or the arguments of Megatron's pretrain_gpt.py.",
+    description="Compare Adam, the precision-aware optimizer and flash_adamw.\n"
+    "Give a number of parameters, the arguments of a GPT's pretrain_gpt.py,\n"
+    "or a checkpoint of a GPT.",
     examples=(
         "memory --parameters 8e9 --data-parallel-size 16",
         "memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
+        "memory --checkpoint DIR",
+        "memory --checkpoint DIR --gpus 64 --tensor-model-parallel-size 4",
     ),
     add_arguments=_add_arguments,
     run=_run,
+    failure="the checkpoint cannot be planned, or a package is missing; one line on stderr says\n"
+    "     why and what to do",
     takes_more=True,
 )

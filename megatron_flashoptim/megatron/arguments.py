@@ -43,6 +43,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of any optimizer; Megatron has the report, and no flag to have it before memory runs out.
+REPORT = "--report-theoretical-memory"
+
 
 def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the optimizer choices and flags to Megatron's parser, and check them after parsing.
@@ -57,6 +60,13 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group = parser.add_argument_group(title="flashoptim")
     for flag, options in _FLAGS.items():
         group.add_argument(flag, default=None, **options)
+    if REPORT not in parser._option_string_actions:
+        group.add_argument(
+            REPORT,
+            action="store_true",
+            help="Print Megatron's theoretical memory figures once the optimizer is built, before "
+            "the first iteration, whatever the optimizer. After it Megatron prints them by itself.",
+        )
     parse_known_args = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:

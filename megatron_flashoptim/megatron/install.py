@@ -3,10 +3,11 @@
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, ``DistributedOptimizer.compute_full_param_layout`` (shards of whole
 quantization groups), ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash
-optimizer was asked for) and ``dist_checkpointing.load`` (names damaged files). All do what Megatron
-does unless ``--optimizer`` names a flash optimizer. The name ``DistributedOptimizer`` in
-``megatron.core.optimizer`` is bound too, but only while a flash optimizer is being built
-(``megatron.factory``).
+optimizer was asked for), ``dist_checkpointing.load`` (names damaged files) and the bytes in
+Megatron's theoretical memory figures. All do what Megatron does unless ``--optimizer`` names a
+flash optimizer; ``--report-theoretical-memory`` prints those figures for any optimizer. The name
+``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too, but only while a flash
+optimizer is being built (``megatron.factory``).
 """
 
 from __future__ import annotations
@@ -99,12 +100,20 @@ def _wrap_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import global_vars
+
         flash = _selected()
         if flash is None:
-            return original(*args, **kwargs)
-        from megatron_flashoptim.megatron import factory
+            built = original(*args, **kwargs)
+        else:
+            from megatron_flashoptim.megatron import factory
 
-        return factory.get_megatron_optimizer(*args, flash=flash, **kwargs)
+            built = factory.get_megatron_optimizer(*args, flash=flash, **kwargs)
+        if getattr(global_vars._GLOBAL_ARGS, "report_theoretical_memory", False):
+            from megatron_flashoptim.megatron.theoretical_memory import report_before_training
+
+            report_before_training(global_vars._GLOBAL_ARGS)
+        return built
 
     return get_megatron_optimizer
 
@@ -149,6 +158,20 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def _wrap_theoretical_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_weight_and_optimizer_memory(args: Any, verbose: bool = False) -> Any:
+        from megatron_flashoptim.megatron.arguments import config_from_args
+
+        flash = config_from_args(args)
+        if flash is None:
+            return original(args, verbose=verbose)
+        from megatron_flashoptim.megatron.theoretical_memory import weight_and_optimizer_bytes
+
+        return weight_and_optimizer_bytes(original, args, flash, verbose)
+
+    return compute_weight_and_optimizer_memory
+
+
 BINDINGS = (
     Binding("megatron.training.arguments", "add_megatron_arguments", _wrap_arguments),
     Binding("megatron.training.training", "get_megatron_optimizer", _wrap_optimizer),
@@ -164,10 +187,17 @@ BINDINGS = (
         _wrap_init,
     ),
     Binding("megatron.core.dist_checkpointing", "load", _wrap_load),
+    Binding(
+        "megatron.training.theoretical_memory_usage",
+        "compute_weight_and_optimizer_memory",
+        _wrap_theoretical_memory,
+    ),
 )
-# Looked up by name while an optimizer is built; checked here so that install() is the one place
-# that fails.
-REQUIRED = (Binding("megatron.core.optimizer", "DistributedOptimizer", lambda name: name),)
+# Looked up by name later; checked here so that install() is the one place that fails.
+REQUIRED = (
+    Binding("megatron.core.optimizer", "DistributedOptimizer", lambda name: name),
+    Binding("megatron.training.training", "report_theoretical_memory", lambda name: name),
+)
 
 
 def install() -> None:

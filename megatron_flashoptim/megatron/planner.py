@@ -11,17 +11,15 @@ import contextlib
 import inspect
 import io
 import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-
-class ArgumentsError(ValueError):
-    """Megatron does not take the arguments."""
+from megatron_flashoptim.checkpoint.saved_args import iteration_folder, read_saved_args
+from megatron_flashoptim.megatron import planned_args
+from megatron_flashoptim.megatron.planned_args import ArgumentsError
 
 
 @dataclass(frozen=True)
@@ -68,21 +66,57 @@ def plan(arguments: Sequence[str], world_size: int) -> RunSize:
         world_size: number of GPUs.
 
     Raises:
-        ArgumentsError: Megatron refuses the arguments; with its message.
+        ArgumentsError: Megatron refuses the arguments, with its message, or the model is no GPT.
     """
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints what it is given
-        return _plan(arguments, world_size)
+    with _prepared():
+        return _run_size(planned_args.parse(arguments, world_size))
 
 
-def _plan(arguments: Sequence[str], world_size: int) -> RunSize:
+def plan_checkpoint(
+    folder: str, arguments: Sequence[str] = (), world_size: int | None = None
+) -> RunSize:
+    """Return the sizes of the run that saved a checkpoint, or of one that continues it otherwise.
+
+    Args:
+        folder: a checkpoint of ``megatron.training``, or a folder of several.
+        arguments: of ``pretrain_gpt.py``, where they differ from the checkpoint's.
+        world_size: number of GPUs; as many as saved the checkpoint if None.
+
+    Raises:
+        ArgumentsError: Megatron refuses ``arguments`` or ``world_size``, with its message.
+        ValueError: the checkpoint cannot be read, or is not of a GPT.
+    """
+    found = iteration_folder(folder)
+    with _prepared():
+        saved = read_saved_args(found)
+        planned_args.refuse_other_checkpoints(saved)
+        ranks = world_size or getattr(saved.args, "world_size", None)
+        if ranks is None:
+            raise ValueError(f"{saved.folder} does not say how many ranks saved it; add --gpus")
+        try:
+            args = planned_args.parse(arguments, ranks, saved)
+        except ArgumentsError as problem:
+            if arguments or world_size:
+                raise
+            # Not a word of the command line is to blame.
+            raise ValueError(f"the arguments saved in {saved.folder}: {problem}") from problem
+        return _run_size(args)
+
+
+@contextlib.contextmanager
+def _prepared() -> Iterator[None]:
+    """Make Megatron importable without a GPU, with our flags, and silent on stdout."""
     from megatron_flashoptim.megatron import cpu
     from megatron_flashoptim.megatron.install import install
 
-    if not torch.cuda.is_available():
-        cpu.enable()
-    install()
-    args = _parsed(arguments)
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints what it is given
+        if not torch.cuda.is_available():
+            cpu.enable()
+        install()
+        yield
+
+
+def _run_size(args: Any) -> RunSize:
     expert_ranks = args.expert_tensor_parallel_size * args.expert_model_parallel_size
     model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
     # The fewest ranks that have all model-parallel groups; data parallelism adds copies of them.
@@ -90,7 +124,7 @@ def _plan(arguments: Sequence[str], world_size: int) -> RunSize:
     pipeline = args.pipeline_model_parallel_size
     instances = args.num_distributed_optimizer_instances
     dense = args.data_parallel_size * args.context_parallel_size // instances
-    expert = world_size // (pipeline * expert_ranks * instances)
+    expert = args.world_size // (pipeline * expert_ranks * instances)
     stages = []
     for stage in range(pipeline):
         with _nominal_ranks(args, stage * ranks, ranks * pipeline), _on_meta_device():
@@ -101,36 +135,6 @@ def _plan(arguments: Sequence[str], world_size: int) -> RunSize:
         grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
         data_parallel_size=dense,
     )
-
-
-def _parsed(arguments: Sequence[str]) -> Any:
-    from megatron.training import arguments as megatron_arguments
-
-    if not torch.cuda.is_available():
-        megatron_arguments.get_device_arch_version = lambda: 10
-    before = sys.argv
-    sys.argv = ["pretrain_gpt.py", *arguments]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):  # Megatron's usage is hundreds of lines
-            args = megatron_arguments.parse_args()
-        args = megatron_arguments.validate_args(args)
-    except SystemExit as problem:
-        lines = said.getvalue().splitlines() or [str(problem)]
-        raise ArgumentsError(lines[-1].removeprefix("pretrain_gpt.py: error: ")) from problem
-    except (AssertionError, RuntimeError, ValueError) as problem:
-        raise ArgumentsError(f"Megatron refuses the arguments: {problem}") from problem
-    finally:
-        sys.argv = before
-    if not args.vocab_size and not args.padded_vocab_size:
-        raise ArgumentsError("the vocabulary's size is unknown; add --vocab-size")
-    # None of these changes a parameter's shape, and each may need a GPU or another package.
-    args.transformer_impl = "local"
-    args.fp8 = None
-    args.apply_rope_fusion = args.gradient_accumulation_fusion = args.tp_comm_overlap = False
-    args.use_cpu_initialization = True
-    args.perform_initialization = False
-    return args
 
 
 @contextlib.contextmanager
@@ -172,41 +176,33 @@ def _on_meta_device() -> Iterator[None]:
 
 
 def _chunks(args: Any) -> Iterator[Any]:
-    """Yield the model chunks of this rank."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.training.arguments import core_transformer_config_from_args
-    from megatron.training.vocab_utils import calculate_padded_vocab_size
+    """Yield the model chunks of this rank, built by Megatron's own builder.
 
-    vocab = args.padded_vocab_size or calculate_padded_vocab_size(
-        args.vocab_size,
-        args.make_vocab_size_divisible_by,
-        args.tensor_model_parallel_size,
-        logging_enabled=False,
-    )
-    config = core_transformer_config_from_args(args)
-    # As in _parsed; not there, where other checks would see them.
-    config.persist_layer_norm = config.sequence_parallel = config.moe_grouped_gemm = False
+    Raises:
+        ArgumentsError: Megatron cannot build such a model here.
+    """
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models import GPTModelBuilder
+
+    config = gpt_config_from_args(args)
+    # As in planned_args; not there, where other checks would see them.
+    transformer = config.transformer
+    transformer.persist_layer_norm = transformer.sequence_parallel = False
+    transformer.moe_grouped_gemm = False
+    if transformer.multi_latent_attention:
+        # The local core does not take MLA's head sizes, and has no parameters to count.
+        LocalSpecProvider.core_attention = lambda self: IdentityOp
+    builder = GPTModelBuilder(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     virtual = args.virtual_pipeline_model_parallel_size
     for vp_stage in range(virtual or 1):
-        of_chunk = {"ignore_virtual": False, "vp_stage": vp_stage} if virtual else {}
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=get_gpt_decoder_block_spec(
-                config,
-                use_transformer_engine=False,
-                normalization=args.normalization,
-                vp_stage=vp_stage if virtual else None,
-            ),
-            vocab_size=vocab,
-            max_sequence_length=args.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(**of_chunk),
-            post_process=parallel_state.is_pipeline_last_stage(**of_chunk),
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            position_embedding_type=args.position_embedding_type,
-            vp_stage=vp_stage if virtual else None,
-        )
+        try:
+            model = builder.build_model(groups, vp_stage=vp_stage if virtual else None)
+        except (AssertionError, ImportError, TypeError, ValueError) as problem:
+            raise ArgumentsError(f"Megatron cannot build the model here: {problem}") from problem
         yield model.to(torch.bfloat16) if args.bf16 else model
 
 

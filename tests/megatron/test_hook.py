@@ -113,7 +113,7 @@ def _pickled(body: Any, *args: Any, **kwargs: Any) -> bytes:
 def _bound() -> list[Any]:
     from megatron.core import dist_checkpointing
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.training import arguments, training
+    from megatron.training import arguments, theoretical_memory_usage, training
 
     return [
         arguments.add_megatron_arguments,
@@ -121,6 +121,7 @@ def _bound() -> list[Any]:
         DistributedOptimizer.compute_full_param_layout,
         DistributedOptimizer.__init__,
         dist_checkpointing.load,
+        theoretical_memory_usage.compute_weight_and_optimizer_memory,
     ]
 
 
@@ -166,6 +167,10 @@ def _install_without(module_name: str, name: str) -> tuple[str, bool]:
         ("megatron.training.arguments", "add_megatron_arguments"),
         ("megatron.training.training", "get_megatron_optimizer"),
         ("megatron.core.optimizer", "DistributedOptimizer"),
+        (
+            "megatron.training.theoretical_memory_usage",
+            "compute_weight_and_optimizer_memory",
+        ),
     ],
 )
 def test_missing_symbol_is_named_with_the_installed_version(module: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -25,6 +26,11 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         2,
         f"--num-experts 4 --expert-model-parallel-size 2 --disable-bias-linear {UNTIED}",
         {"ep": 2, "experts": 4, "tied": False},
+    ),
+    "instances and grouped queries": (
+        4,
+        "--num-distributed-optimizer-instances 2 --group-query-attention --num-query-groups 2",
+        {"instances": 2, "query_groups": 2},
     ),
 }
 
@@ -77,7 +83,7 @@ def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", "2"), "give --parameters, or --gpus and Megatron's arguments"),
+        (("--gpus", "2"), "give --parameters, --checkpoint, or --gpus and Megatron's arguments"),
         (("--parameters", "1e9", "--num-layers", "2"), "--num-layers cannot be used with"),
         (
             ("--gpus", "1", *COMMON.split(), "--hidden-sizes", "2"),
@@ -91,3 +97,83 @@ def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
 )
 def test_wrong_arguments_exit_with_2_and_say_what(arguments: tuple[str, ...], message: str) -> None:
     assert message in error("memory", *arguments, code=2)
+
+
+H, FFN, EXPERT, PADDED = 256, 1024, 128, 1024
+SIZES = f"""--num-layers 4 --hidden-size {H} --ffn-hidden-size {FFN} --num-attention-heads 8 --bf16
+--seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --vocab-size 1000
+--position-embedding-type rope --use-distributed-optimizer"""
+MOE = f"""--num-experts 8 --moe-layer-freq ([0]+[1]*3) --moe-ffn-hidden-size {EXPERT}
+--moe-router-topk 2 --moe-shared-expert-intermediate-size {EXPERT} --disable-bias-linear
+--normalization RMSNorm --swiglu {UNTIED}"""
+MLA = """--multi-latent-attention --q-lora-rank 64 --kv-lora-rank 32 --qk-head-dim 32
+--qk-pos-emb-head-dim 16 --v-head-dim 32 --qk-layernorm"""
+# Down and up projections of queries (8 heads of 32 + 16) and of keys and values, norms, output.
+MLA_LAYER = H * 64 + 64 + 64 * 8 * 48 + H * (32 + 16) + 32 + 32 * 8 * 64 + 8 * 32 * H + 2 * H
+MOE_MLP = 3 * H * EXPERT * (8 + 1) + 8 * H
+# One block of attention, MLP, biases and norms.
+BLOCK = 12 * H * H + 13 * H
+# Flags, number of ranks, and the parameters of each pipeline stage by hand.
+COUNTED: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "latent attention, experts and multi-token prediction": (
+        f"{MOE} {MLA} --mtp-num-layers 1",
+        8,
+        (
+            # Layers and the predicted token's, whose two norms feed a projection of both; final
+            # norms; embedding and output.
+            5 * MLA_LAYER
+            + 3 * H * FFN
+            + 4 * MOE_MLP
+            + (2 * H + 2 * H * H)
+            + 2 * H
+            + 2 * PADDED * H,
+        ),
+    ),
+    "experts of another tensor parallel size": (
+        f"{MOE} --tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 --sequence-parallel "
+        "--expert-model-parallel-size 4",
+        8,
+        (
+            4 * (4 * H * H // 2 + 2 * H)
+            + 3 * H * FFN // 2
+            + 3 * (3 * H * EXPERT * (8 // 4) + 3 * H * EXPERT // 2 + 8 * H)
+            + H
+            + PADDED * H,
+        ),
+    ),
+    "virtual pipeline stages": (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        8,
+        # The tied embedding is on the first and on the last stage.
+        (2 * BLOCK + PADDED * H, 2 * BLOCK + PADDED * H + 2 * H),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_parameters_are_those_counted_by_hand(case: str) -> None:
+    from megatron_flashoptim.megatron import planner
+
+    flags, ranks, expected = COUNTED[case]
+    # A fork: the planner changes Megatron's global state.
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        size = pool.apply(planner.plan, ([*SIZES.split(), *flags.split()], ranks))
+    assert tuple(stage.parameters for stage in size.stages) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--hybrid-layer-pattern M*-M", "a hybrid or Mamba model"),
+        ("--spec some.module layer", "a layer specification of its own"),
+        ("--encoder-num-layers 2 --decoder-num-layers 2", "an encoder-decoder model"),
+    ],
+)
+def test_models_that_are_not_gpt_are_refused(flags: str, message: str) -> None:
+    from megatron_flashoptim.megatron import planned_args, planner
+
+    with (
+        multiprocessing.get_context("fork").Pool(1) as pool,
+        pytest.raises(planned_args.ArgumentsError, match=message),
+    ):
+        pool.apply(planner.plan, ([*SIZES.split(), *flags.split()], 1))

@@ -1,0 +1,78 @@
+"""Megatron's theoretical memory figures, by its own function on its own arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+LAYERS, HIDDEN, FFN, VOCAB, EXPERTS = 4, 256, 1024, 512, 8
+MODEL = f"""--num-layers {LAYERS} --hidden-size {HIDDEN} --ffn-hidden-size {FFN} --bf16
+--num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1
+--vocab-size {VOCAB} --disable-bias-linear --normalization RMSNorm --use-distributed-optimizer"""
+ATTENTION, MLP = 4 * HIDDEN**2, 2 * HIDDEN * FFN
+NORMS = (2 * LAYERS + 1) * HIDDEN
+DENSE = LAYERS * (ATTENTION + MLP) + NORMS + VOCAB * HIDDEN
+SHARED_OF_MOE = LAYERS * (ATTENTION + EXPERTS * HIDDEN) + NORMS + VOCAB * HIDDEN
+MOE = f"--num-experts {EXPERTS} --expert-model-parallel-size 4"
+TABLE = 4 / 2048  # one int32 per tile of 64 groups of 32
+# Flags, number of ranks, bytes.
+FLASH: dict[str, tuple[str, int, float]] = {
+    "fp32 gradients": ("", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
+    "bf16 gradients": ("--grad-reduce-in-bf16", 4, DENSE * (4 + (3.125 + TABLE) / 4)),
+    "32-bit masters": ("--flash-master-bits 32", 2, DENSE * (6 + (4.125 + TABLE) / 2)),
+    "context parallel": ("--context-parallel-size 2", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
+    "instances": (
+        "--num-distributed-optimizer-instances 2",
+        4,
+        DENSE * (6 + (3.125 + TABLE) / 2),
+    ),
+    "experts": (
+        MOE,
+        8,
+        SHARED_OF_MOE * (6 + (3.125 + TABLE) / 8)
+        + LAYERS * EXPERTS * MLP / 4 * (6 + (3.125 + TABLE) / 2),
+    ),
+    "experts and instances": (
+        f"{MOE} --num-distributed-optimizer-instances 2",
+        16,
+        SHARED_OF_MOE * (6 + (3.125 + TABLE) / 8)
+        + LAYERS * EXPERTS * MLP / 4 * (6 + (3.125 + TABLE) / 2),
+    ),
+}
+
+
+def _figures(cases: dict[str, tuple[str, int]]) -> dict[str, tuple[float, float]]:
+    """Return the figure of each command line, and that of Megatron's function unbound."""
+    from megatron.training import theoretical_memory_usage
+
+    import megatron_flashoptim
+    from megatron_flashoptim.megatron import planned_args
+
+    megatron_flashoptim.install()
+    bound: Any = theoretical_memory_usage.compute_weight_and_optimizer_memory
+    found = {}
+    for name, (flags, ranks) in cases.items():
+        args = planned_args.parse([*MODEL.split(), *flags.split()], ranks)
+        args.padded_vocab_size = VOCAB
+        reported, _, _ = theoretical_memory_usage.report_theoretical_memory(args)
+        assert reported * 2**20 == bound(args)
+        found[name] = (bound(args), bound.__wrapped__(args))
+    return found
+
+
+def test_figures_are_those_of_the_formats() -> None:
+    cases = {
+        name: (f"--optimizer flash_adamw {flags}", ranks)
+        for name, (flags, ranks, _) in FLASH.items()
+    }
+    (found,) = run_ranks(1, _figures, cases)
+    for name, (_, _, expected) in FLASH.items():
+        assert found[name][0] == pytest.approx(expected, rel=1e-9), name
+
+
+def test_figures_of_other_optimizers_are_megatrons() -> None:
+    (found,) = run_ranks(1, _figures, {"dense": ("--optimizer adam", 4), "moe": (MOE, 8)})
+    assert all(ours == theirs for ours, theirs in found.values())
+    assert found["dense"][0] == DENSE * (6 + 12 / 4)
