@@ -335,6 +335,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the last checkpoint in --folder/checkpoint"
+    )
     parser.add_argument("--json", type=Path, help="file for the rows")
     return parser.parse_args(arguments)
 
@@ -385,7 +388,8 @@ def main() -> None:
                 options.json.write_text(json.dumps(stored, indent=1) + "\n")
     if torch.distributed.get_rank() == 0:
         environment = _environment()
-        shutil.rmtree(folder if temporary else folder / "checkpoint")
+        if temporary or not options.keep:
+            shutil.rmtree(folder if temporary else folder / "checkpoint")
         print(f"{rows[0].parameters:,} parameters, {rows[0].ranks} data-parallel ranks")
         print(", ".join(f"{name} {value}" for name, value in environment.items()))
         print(table(rows))

@@ -51,6 +51,11 @@ class CheckpointFolder:
     sharding_type: str
 
     @property
+    def name(self) -> str:
+        """Name that Megatron has for the folder of this iteration."""
+        return "release" if self.iteration is None else f"iter_{self.iteration:07d}"
+
+    @property
     def content(self) -> dict[str, Any]:
         """Megatron's content metadata, empty in checkpoints of releases before 0.14."""
         return self.common.get("content_metadata") or {}
@@ -132,7 +137,10 @@ def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFol
         common = load_common_state_dict(str(folder))
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
-    return CheckpointFolder(folder, _number(folder), reader, common, optimizer, sharding_type)
+    number = _number(folder)
+    if number is None and folder.name != "release":  # copied to a folder of another name
+        number = common.get("iteration")
+    return CheckpointFolder(folder, number, reader, common, optimizer, sharding_type)
 
 
 def check_format(folder: Path) -> None:

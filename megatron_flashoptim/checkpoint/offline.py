@@ -98,10 +98,10 @@ class Conversion:
         self.folder = open_folder(request.source, request.iteration)
         self.recoding = Recoding(self.folder, request.target, request.flash)
         self._check_request()
-        self.final = request.destination / self.folder.path.name
+        self.final = request.destination / self.folder.name
         if self.final.exists():
             raise ValueError(f"{self.final} is there already; remove it, or give another folder")
-        self._work = request.destination / f".converting-{self.folder.path.name}"
+        self._work = request.destination / f".converting-{self.folder.name}"
         self._new = self._work / "checkpoint"
         self._records = self._work / "records"
         self.parts = list(self._parts())

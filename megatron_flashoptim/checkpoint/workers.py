@@ -80,9 +80,13 @@ class Pool:
             )
 
     def __enter__(self) -> Pool:
+        # Tensors are small; threads would mostly wait for each other. Processes do not.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 

@@ -278,14 +278,14 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         _convert(source, tmp_path / "flash", "flash")
     left = [path.name for path in (tmp_path / "flash").iterdir()]
-    assert left == [".converting-source"], "no folder that --load would take"
+    assert left == [".converting-release"], "no folder that --load would take"
     monkeypatch.setattr(writer, "write_part", lambda *a: (written.append(a[2]), original(*a)))
     with pytest.raises(ValueError, match="unfinished conversion of another"):
         _convert(source, tmp_path / "flash", "flash", flash=FlashOptimConfig(master_bits=32))
     result, folder = _convert(source, tmp_path / "flash", "flash")
     assert result.resumed == 3 and result.parts > 6
     assert sorted(written) == list(range(result.parts)), "each part was written once"
-    assert not (tmp_path / "flash" / ".converting-source").exists()
+    assert not (tmp_path / "flash" / ".converting-release").exists()
     (once, _), (resumed, _) = _contents(whole), _contents(folder)
     assert once.keys() == resumed.keys()
     assert all(torch.equal(once[key], resumed[key]) for key in once)
@@ -310,7 +310,7 @@ def test_what_the_disk_changes_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(writer, "write_part", flips)
     with pytest.raises(ValueError, match="was not written as it should be"):
         _convert(source, tmp_path / "flash", "flash")
-    assert not (tmp_path / "flash" / "source").exists()
+    assert not (tmp_path / "flash" / "release").exists()
 
 
 def test_processes_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
