@@ -198,7 +198,7 @@ def _size(count: int) -> str:
 
 COMMAND = Command(
     name="convert",
-    summary="checkpoints of Megatron's Adam to flash and back, or weights as safetensors",
+    summary="checkpoints of Adam to flash and back, weights to safetensors",
     description="Convert a torch_dist checkpoint on one machine, without a GPU and without\n"
     "torchrun. SRC is never touched; DST/iter_... appears when everything is written and read\n"
     "back. After an interruption the same command goes on where it was.",
