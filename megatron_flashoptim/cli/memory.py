@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS
 from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY
 
@@ -133,16 +134,7 @@ def render_run(size: RunSize) -> str:
     return "\n".join(lines)
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the ``memory`` command."""
-    parser = commands.add_parser(
-        "memory",
-        help="bytes per rank of weights, gradients and optimizer state",
-        description="Give a number of parameters, or the arguments of Megatron's pretrain_gpt.py.",
-        epilog="example: megatron-flashoptim memory --parameters 8e9 --data-parallel-size 16; or "
-        "megatron-flashoptim memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
-        allow_abbrev=False,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parameters",
         type=_positive(float),
@@ -160,27 +152,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--gpus", type=_positive(int), help="number of GPUs, with Megatron's arguments"
     )
-    parser.set_defaults(run=_run, takes_more=True, parser=parser)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     if options.parameters is None:
         if options.gpus is None or not options.more:
-            options.parser.error("give --parameters, or --gpus and Megatron's arguments")
+            raise UsageError("give --parameters, or --gpus and Megatron's arguments")
         from megatron_flashoptim.megatron import planner
 
         try:
             size = planner.plan(options.more, int(options.gpus))
-        except ValueError as problem:
-            options.parser.error(str(problem))
+        except planner.ArgumentsError as problem:
+            raise UsageError(str(problem)) from problem
         print(render_run(size))
-        return 0
+        return
     if options.more or options.gpus is not None:
         given = options.more[0] if options.more else "--gpus"
-        options.parser.error(f"{given} cannot be used with --parameters; give one of the two")
+        raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
     print(render(options.parameters, options.data_parallel_size, grad_bytes))
-    return 0
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -192,3 +182,17 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
     parse.__name__ = "number"
     return parse
+
+
+COMMAND = Command(
+    name="memory",
+    summary="bytes per rank of weights, gradients and optimizer state",
+    description="Give a number of parameters, or the arguments of Megatron's pretrain_gpt.py.",
+    examples=(
+        "memory --parameters 8e9 --data-parallel-size 16",
+        "memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+    takes_more=True,
+)

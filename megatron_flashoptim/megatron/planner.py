@@ -20,6 +20,10 @@ from typing import Any
 import torch
 
 
+class ArgumentsError(ValueError):
+    """Megatron does not take the arguments."""
+
+
 @dataclass(frozen=True)
 class StageSize:
     """Elements on the first data-parallel rank of a pipeline stage.
@@ -64,8 +68,7 @@ def plan(arguments: Sequence[str], world_size: int) -> RunSize:
         world_size: number of GPUs.
 
     Raises:
-        ValueError: Megatron refuses the arguments; with its message.
-        SystemExit: an argument Megatron does not know.
+        ArgumentsError: Megatron refuses the arguments; with its message.
     """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints what it is given
@@ -107,14 +110,20 @@ def _parsed(arguments: Sequence[str]) -> Any:
         megatron_arguments.get_device_arch_version = lambda: 10
     before = sys.argv
     sys.argv = ["pretrain_gpt.py", *arguments]
+    said = io.StringIO()
     try:
-        args = megatron_arguments.validate_args(megatron_arguments.parse_args())
+        with contextlib.redirect_stderr(said):  # Megatron's usage is hundreds of lines
+            args = megatron_arguments.parse_args()
+        args = megatron_arguments.validate_args(args)
+    except SystemExit as problem:
+        lines = said.getvalue().splitlines() or [str(problem)]
+        raise ArgumentsError(lines[-1].removeprefix("pretrain_gpt.py: error: ")) from problem
     except (AssertionError, RuntimeError, ValueError) as problem:
-        raise ValueError(f"Megatron refuses the arguments: {problem}") from problem
+        raise ArgumentsError(f"Megatron refuses the arguments: {problem}") from problem
     finally:
         sys.argv = before
     if not args.vocab_size and not args.padded_vocab_size:
-        raise ValueError("the vocabulary's size is unknown; add --vocab-size")
+        raise ArgumentsError("the vocabulary's size is unknown; add --vocab-size")
     # None of these changes a parameter's shape, and each may need a GPU or another package.
     args.transformer_impl = "local"
     args.fp8 = None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from console import error, run
 from ranks import run_ranks
 
-COMMAND = str(Path(sys.executable).parent / "megatron-flashoptim")
 COMMON = """--num-layers 2 --hidden-size 256 --ffn-hidden-size 1024 --num-attention-heads 4 --bf16
 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --lr 1e-3 --train-iters 10
 --vocab-size 256 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
@@ -54,7 +51,7 @@ def _live(stock: bool, options: dict[str, Any]) -> tuple[int, int, int]:
 
 def _planned(ranks: int, flags: str) -> dict[str, tuple[int, ...]]:
     arguments = ["memory", "--gpus", str(ranks), *COMMON.split(), *flags.split()]
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True)
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[3:]
     return {row[:32].strip(): tuple(map(int, row[32:].split()[:3])) for row in rows}
@@ -83,12 +80,14 @@ def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
         (("--gpus", "2"), "give --parameters, or --gpus and Megatron's arguments"),
         (("--parameters", "1e9", "--num-layers", "2"), "--num-layers cannot be used with"),
         (
+            ("--gpus", "1", *COMMON.split(), "--hidden-sizes", "2"),
+            "unrecognized arguments: --hidden-sizes 2",
+        ),
+        (
             ("--gpus", "3", *COMMON.split(), "--tensor-model-parallel-size", "2"),
             "Megatron refuses the arguments: world size (3) is not divisible",
         ),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_say_what(arguments: tuple[str, ...], message: str) -> None:
-    done = subprocess.run([COMMAND, "memory", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in error("memory", *arguments, code=2)
