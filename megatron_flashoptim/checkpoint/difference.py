@@ -102,12 +102,10 @@ def compare(
         ValueError: the state of one is in buckets and that of the other is not, or in other
             buckets; or a tensor has another shape in each.
     """
-    _check_spaces(first, second)
+    check_comparable(first, second)
     comparison = Comparison(first, second)
     others = {(part.name, part.index): part for part in parts(second)}
     mine = parts(first)
-    if first.sharding_type == DP_RESHARDABLE and second.sharding_type == DP_RESHARDABLE:
-        _check_buckets(mine, list(others.values()))
     total, done = sum(part.elements for part in mine), 0
     for part in mine:
         progress(done, total, part.label)
@@ -125,6 +123,24 @@ def compare(
     comparison.only[1].extend(part.label for part in others.values())
     progress(total, total, "")
     return comparison
+
+
+def check_comparable(first: CheckpointFolder, second: CheckpointFolder) -> None:
+    """Refuse what cannot be compared; reads descriptions alone.
+
+    Raises:
+        ValueError: the state of one is in buckets and that of the other is not, or in others.
+    """
+    with_state = [each for each in (first, second) if each.sharding_type]
+    if len({each.sharding_type == DP_RESHARDABLE for each in with_state}) > 1:
+        told = " and ".join(f"{each.sharding_type} ({each.path})" for each in with_state)
+        raise ValueError(
+            f"cannot compare optimizer state in {told}: buckets do not say which parameter is "
+            "where. Save both with --dist-ckpt-optim-fully-reshardable, or both with "
+            "dp_reshardable and the same layout"
+        )
+    if len(with_state) == 2 and first.sharding_type == DP_RESHARDABLE:
+        _check_buckets(parts(first), parts(second))
 
 
 @torch.no_grad()
@@ -178,17 +194,6 @@ def _common(other: Part, start: int, end: int) -> list[tuple[int, int]]:
 
 def _in_buckets(part: Part) -> bool:
     return part.name.endswith(".bucket_idx_*")
-
-
-def _check_spaces(first: CheckpointFolder, second: CheckpointFolder) -> None:
-    with_state = [each for each in (first, second) if each.sharding_type]
-    if len({each.sharding_type == DP_RESHARDABLE for each in with_state}) > 1:
-        told = " and ".join(f"{each.sharding_type} ({each.path})" for each in with_state)
-        raise ValueError(
-            f"cannot compare optimizer state in {told}: buckets do not say which parameter is "
-            "where. Save both with --dist-ckpt-optim-fully-reshardable, or both with "
-            "dp_reshardable and the same layout"
-        )
 
 
 def _check_buckets(mine: list[Part], others: list[Part]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_flashoptim import __version__
-from megatron_flashoptim.cli import command, memory
+from megatron_flashoptim.cli import command, inspect, memory
 
-COMMANDS = (memory.COMMAND,)
+COMMANDS = (inspect.COMMAND, memory.COMMAND)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
