@@ -46,6 +46,14 @@ class Box:
         return Box(tuple(a - b for a, b in zip(self.offset, offset, strict=True)), self.shape)
 
 
+def flat_number(index: Sequence[int], shape: Sequence[int]) -> int:
+    """Return the number, in row-major order, of the element at an index."""
+    number = 0
+    for position, extent in zip(index, shape, strict=True):
+        number = number * extent + position
+    return number
+
+
 def boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
     """Yield the boxes that make up elements ``start`` to ``end`` (row-major) of a tensor.
 

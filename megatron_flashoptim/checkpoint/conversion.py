@@ -113,6 +113,21 @@ def regroup(
     return grouped.view(-1)[:numel], scale, mixed.numel()
 
 
+def decode_elements(
+    moment: str,
+    codes: torch.Tensor,
+    element_scales: torch.Tensor,
+    *,
+    code: ExpAvgSqCode = "sqrt",
+) -> torch.Tensor:
+    """Decode flat codes (n) with a scale for each element (n) to fp32, exactly."""
+    missing = -codes.numel() % GROUP_SIZE
+    padded = torch.nn.functional.pad(codes, (0, missing)).view(-1, GROUP_SIZE)
+    scales = torch.cat([element_scales, element_scales[-1:].expand(missing)])
+    values = _decode_elements(moment, padded, scales.view(-1, GROUP_SIZE), code)
+    return values.view(-1)[: codes.numel()]
+
+
 def _decode_elements(
     moment: str, codes: torch.Tensor, scales: torch.Tensor, code: ExpAvgSqCode
 ) -> torch.Tensor:

@@ -94,7 +94,7 @@ class Comparison:
 def compare(
     first: CheckpointFolder,
     second: CheckpointFolder,
-    progress: Callable[[int, int, str], None] = lambda *_: None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
     """Read two checkpoints and return how they differ.
 
@@ -108,7 +108,7 @@ def compare(
     mine = parts(first)
     total, done = sum(part.elements for part in mine), 0
     for part in mine:
-        progress(done, total, part.label)
+        progress("comparing", done, total)
         done += part.elements
         other = others.pop((part.name, part.index), None)
         if other is None:
@@ -121,7 +121,7 @@ def compare(
             )
         comparison.parts.append((part, {kind: difference(part, other, kind) for kind in kinds}))
     comparison.only[1].extend(part.label for part in others.values())
-    progress(total, total, "")
+    progress("comparing", total, total)
     return comparison
 
 

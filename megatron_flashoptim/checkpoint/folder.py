@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ WEIGHTS = "weights"
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
-# Names of Megatron's Adam of the fp32 master, the second of releases before 0.16.
-_MASTERS = ("param", "fp32_param")
+# Names that Megatron's Adam has for the fp32 master, the second in releases before 0.16.
+MASTER = "param"
+OLDER_MASTER = "fp32_param"
 _IN_MODEL_SPACE = re.compile(rf"(?:chained_\d+\.)?{re.escape(PREFIX)}\.(?P<kind>\w+?)\.(?P<key>.+)")
 _IN_BUCKETS = "optimizer.distributed.dp_group_idx_"
 
@@ -124,7 +126,10 @@ def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFol
     folder = iteration_folder(path, iteration)
     check_format(folder)
     reader = CheckpointReader(folder)
-    common = load_common_state_dict(str(folder))
+    with warnings.catch_warnings():
+        # That there is no process group, which is what is wanted.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        common = load_common_state_dict(str(folder))
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
     return CheckpointFolder(folder, _number(folder), reader, common, optimizer, sharding_type)
@@ -167,13 +172,8 @@ def _is_state(key: str) -> bool:
 
 def _whose(reader: CheckpointReader, content: dict[str, Any]) -> tuple[str, str]:
     """Return whose optimizer state there is, and its sharding type."""
-    in_model_space, in_buckets, masters = False, False, set()
-    for key in reader.tensors():
-        if match := _IN_MODEL_SPACE.fullmatch(key):
-            in_model_space = True
-            if match["kind"] in _MASTERS:
-                masters.add(match["kind"])
-        in_buckets = in_buckets or _IN_BUCKETS in key
+    in_model_space = any(_IN_MODEL_SPACE.fullmatch(key) for key in reader.tensors())
+    in_buckets = any(_IN_BUCKETS in key for key in reader.tensors())
     if not in_model_space and not in_buckets:
         return WEIGHTS, ""
     sharding_type = content.get(metadata.SHARDING_TYPE)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
+from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 
 
@@ -49,9 +49,9 @@ def read_fragments(
         common = wanted.intersect(Box(origin, extents))
         assert common is not None
         inside = common.relative_to(origin)
-        ends = (a + b - 1 for a, b in zip(inside.offset, inside.shape, strict=True))
-        first = _flat_number(inside.offset, extents)
-        covering = torch.zeros(_flat_number(ends, extents) + 1 - first, dtype=torch.float32)
+        ends = [a + b - 1 for a, b in zip(inside.offset, inside.shape, strict=True)]
+        first = flat_number(inside.offset, extents)
+        covering = torch.zeros(flat_number(ends, extents) + 1 - first, dtype=torch.float32)
         cut = (*(1,) * len(fragment), covering.numel())
         reader.read_into(covering.view(cut), key, (*fragment, first))
         into = target
@@ -60,10 +60,3 @@ def read_fragments(
         ):
             into = into.narrow(dim, a, b)
         into.copy_(view_of_box(covering, extents, first, inside))
-
-
-def _flat_number(index: Iterable[int], shape: Sequence[int]) -> int:
-    number = 0
-    for position, extent in zip(index, shape, strict=True):
-        number = number * extent + position
-    return number

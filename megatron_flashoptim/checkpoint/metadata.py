@@ -13,6 +13,9 @@ from megatron_flashoptim.optim.config import FlashOptimConfig
 
 # Key in the checkpoint's content metadata and in the optimizer's state dict.
 KEY = "flashoptim"
+# How many members a chain has depends on the layout: experts have one of their own only with
+# expert parallelism. So all members' groups are saved as those of one, marked by this key.
+MERGED = "flashoptim_merged"
 
 SHARDING_TYPE = "distrib_optim_sharding_type"
 DP_RESHARDABLE = "dp_reshardable"

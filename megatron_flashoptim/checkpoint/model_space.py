@@ -170,12 +170,12 @@ class ModelSpace:
         self, owned: OwnedRange, piece: Piece, name: str, flat: torch.Tensor
     ) -> Iterator[ShardedTensor]:
         """Yield the boxes of a tensor with one element per group, last dimension divided."""
-        shape = _divided(owned.shape)
+        shape = in_groups(owned.shape)
         first = owned.param_start // GROUP_SIZE
         for element_box in owned.boxes(piece):
-            box = Box(_divided(element_box.offset), _divided(element_box.shape))
+            box = Box(in_groups(element_box.offset), in_groups(element_box.shape))
             view = view_of_box(flat, shape, first, box, leading=piece.prepended)
-            relative = box.relative_to(_divided(piece.box.offset))
+            relative = box.relative_to(in_groups(piece.box.offset))
             yield self._sharded(piece, name, view, relative, divided=True)
 
     def _sharded(
@@ -184,7 +184,7 @@ class ModelSpace:
         """Return a box, in coordinates of the piece, as a sharded tensor."""
         global_shape, global_offset = piece.global_shape, piece.global_offset
         if divided:
-            global_shape, global_offset = _divided(global_shape), _divided(global_offset)
+            global_shape, global_offset = in_groups(global_shape), in_groups(global_offset)
         in_piece = (*(0,) * piece.prepended, *box.offset)
         return ShardedTensor(
             f"{PREFIX}.{name}.{piece.key}",
@@ -241,7 +241,7 @@ class ModelSpace:
                     covering,
                     covering.dtype,
                     shape,
-                    _divided(piece.global_shape),
+                    in_groups(piece.global_shape),
                     (*offset[:-1], first),
                     axis_fragmentations=None,
                     replica_id=(*piece.replica_id[:2], self.instance),
@@ -283,6 +283,6 @@ class _Regroup:
         self.scale.copy_(scale)
 
 
-def _divided(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def in_groups(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Return sizes or offsets with the last one counted in groups, rounded up."""
     return (*sizes[:-1], -(-sizes[-1] // GROUP_SIZE))

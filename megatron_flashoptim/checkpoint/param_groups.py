@@ -19,6 +19,22 @@ OWN = ("params", _EXPERTS)
 Group = dict[str, Any]
 
 
+def of_optimizer(state: dict[Any, Any]) -> list[Group]:
+    """Return the param groups of one optimizer's state dict, or of all in a chain's.
+
+    Args:
+        state: what Megatron keeps under ``optimizer``; of a chain, by number.
+    """
+    if "optimizer" in state:
+        return list(state["optimizer"]["param_groups"])
+    chained = sorted(key for key in state if isinstance(key, int))
+    return [
+        group
+        for key in chained
+        for group in state[key].get("optimizer", {}).get("param_groups", ())
+    ]
+
+
 def match(current: Sequence[Group], saved: Sequence[Group]) -> list[Group]:
     """Return the checkpoint's group for each group of the run.
 

@@ -7,7 +7,8 @@ collective: each process reads what it wants.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,6 +46,9 @@ class CheckpointReader:
         self.metadata: Metadata = FileSystemReader(folder).read_metadata()
         self._tensors = self.metadata.state_dict_metadata
         self._stored: dict[MetadataIndex, Stored] = {}
+        self._chunks: dict[str, list[Box]] = {}
+        self._order: dict[str, tuple[list[int], list[int]]] = {}
+        self._longest: dict[str, int] = {}
         self._found: dict[str, str] = {}
 
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
@@ -85,7 +89,10 @@ class CheckpointReader:
         Raises:
             ValueError: the checkpoint has no tensor of that key.
         """
-        return [Box(tuple(c.offsets), tuple(c.sizes)) for c in self._tensor(key).chunks]
+        if key not in self._chunks:
+            chunks = self._tensor(key).chunks
+            self._chunks[key] = [Box(tuple(c.offsets), tuple(c.sizes)) for c in chunks]
+        return self._chunks[key]
 
     def read(self, key: str, box: Box) -> torch.Tensor:
         """Return a box of a tensor, of its dtype, in host memory.
@@ -93,27 +100,30 @@ class CheckpointReader:
         Raises:
             ValueError: the checkpoint has no such tensor, or no such box in it.
         """
-        found = self._tensor(key)
-        values = torch.empty(box.shape, dtype=found.properties.dtype)
-        if self._copy_into(values, key, box) != box.numel():
-            raise ValueError(
-                f"{key} in {self.folder} has the shape {tuple(found.size)} and does not have all "
-                f"elements of the box at {box.offset} of shape {box.shape}"
-            )
+        values = torch.empty(box.shape, dtype=self._tensor(key).properties.dtype)
+        self.read_into(values, key, box.offset)
         return values
 
-    def read_into(self, target: torch.Tensor, key: str, offset: Sequence[int]) -> None:
-        """Read a box of a tensor; elements beyond the tensor's end stay as they are.
+    def read_into(
+        self, target: torch.Tensor, key: str, offset: Sequence[int], *, partly: bool = False
+    ) -> None:
+        """Read a box of a tensor.
 
         Args:
             target: receives the box, of its shape and converted to its dtype.
             key: of the tensor.
             offset: where the box begins in it.
+            partly: elements beyond the tensor's end stay as they are.
 
         Raises:
-            ValueError: the checkpoint has no tensor of that key.
+            ValueError: the checkpoint has no such tensor, or not all of the box.
         """
-        self._copy_into(target, key, Box(tuple(offset), tuple(target.shape)))
+        box = Box(tuple(offset), tuple(target.shape))
+        if self._copy_into(target, key, box) != box.numel() and not partly:
+            raise ValueError(
+                f"{key} in {self.folder} has the shape {self.shape(key)} and not all elements of "
+                f"the box at {box.offset} of shape {box.shape}"
+            )
 
     def read_bytes(self, key: str) -> bytes:
         """Return a byte string by its key.
@@ -143,7 +153,7 @@ class CheckpointReader:
         """Copy the saved part of a box into a tensor; returns the number of elements copied."""
         copied = 0
         dtype = self._tensor(key).properties.dtype
-        for number, saved in enumerate(self.chunks(key)):
+        for number, saved in self._near(key, box):
             common = box.intersect(saved)
             if common is None:
                 continue
@@ -156,6 +166,24 @@ class CheckpointReader:
             into.copy_(_part(values, common.relative_to(saved.offset)))
             copied += common.numel()
         return copied
+
+    def _near(self, key: str, box: Box) -> Iterator[tuple[int, Box]]:
+        """Yield number and box of the saved boxes that may have a part of a box, by dimension 0.
+
+        A tensor of 100 layers, cut by hundreds of ranks, is saved in tens of thousands of boxes.
+        """
+        chunks = self.chunks(key)
+        if not box.shape:
+            yield from enumerate(chunks)
+            return
+        if key not in self._order:
+            order = sorted(range(len(chunks)), key=lambda number: chunks[number].offset[0])
+            self._order[key] = order, [chunks[number].offset[0] for number in order]
+            self._longest[key] = max((chunk.shape[0] for chunk in chunks), default=0)
+        order, first = self._order[key]
+        begin = bisect_right(first, box.offset[0] - self._longest[key])
+        for number in order[begin : bisect_left(first, box.offset[0] + box.shape[0])]:
+            yield number, chunks[number]
 
     def _located(self, key: str, saved: Box, number: int) -> Stored:
         """Return where a saved box is in the files."""

@@ -17,12 +17,18 @@ from typing import Any, cast
 import torch
 
 from megatron_flashoptim.checkpoint.boxes import Box, boxes_of_range
-from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment
-from megatron_flashoptim.checkpoint.folder import ADAM, FLASH, CheckpointFolder
+from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_elements, decode_moment
+from megatron_flashoptim.checkpoint.folder import (
+    ADAM,
+    FLASH,
+    OLDER_MASTER,
+    CheckpointFolder,
+)
+from megatron_flashoptim.checkpoint.folder import MASTER as STOCK_MASTER
 from megatron_flashoptim.checkpoint.fragments import read_fragments
+from megatron_flashoptim.checkpoint.model_space import PER_ELEMENT
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec import join_master
-from megatron_flashoptim.codec.moments import exp_avg_ratio, exp_avg_sq_level, exp_avg_sq_step
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
 from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ
 
@@ -31,7 +37,6 @@ WEIGHT = "weight"
 MASTER = "master"
 KINDS = (WEIGHT, MASTER, CORRECTION, EXP_AVG, EXP_AVG_SQ)
 
-PER_ELEMENT = "_per_element"
 # Elements read at once, whole groups; the codec's temporary tensors are some 100 bytes each.
 AT_ONCE = 1 << 19
 
@@ -41,8 +46,6 @@ _BUCKET = re.compile(
     r"(?P<before>.*dp_group_idx_\d+\.gbuf_idx_\d+)\.(?:dtype_\(.*\)\.)?"
     r"bucket_idx_(?P<number>\d+)\.(?P<kind>\w+)"
 )
-# Megatron's names of the fp32 master, the second of releases before 0.16.
-_STOCK_MASTERS = ("param", "fp32_param")
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,7 @@ class Part:
             return codes, _read(self.reader, key, self.shape, first, last)
         *rows, columns = self.shape
         shape = (*rows, -(-columns // GROUP_SIZE))
-        return codes, _read(
-            self.reader, key, shape, first // GROUP_SIZE, -(-last // GROUP_SIZE)
-        )
+        return codes, _read(self.reader, key, shape, first // GROUP_SIZE, -(-last // GROUP_SIZE))
 
     def scales_per_element(self, moment: str) -> bool:
         """Return whether flash state has a scale for each element instead of each group."""
@@ -153,13 +154,9 @@ def decode(
     moment: str, codes: torch.Tensor, scale: torch.Tensor, *, code: ExpAvgSqCode
 ) -> torch.Tensor:
     """Decode flat codes (n) with scales of groups, ceil(n / 32), or of elements (n), to fp32."""
-    if scale.numel() != codes.numel() or codes.numel() <= 1:
-        return decode_moment(moment, codes, scale, code=code)
-    if moment == EXP_AVG:
-        return scale.to(torch.float32) * exp_avg_ratio(codes)
-    step = scale.to(torch.float32) * exp_avg_sq_step(code)
-    root = step * exp_avg_sq_level(codes, code=code)
-    return root * root
+    if scale.numel() == codes.numel() > 1:
+        return decode_elements(moment, codes, scale, code=code)
+    return decode_moment(moment, codes, scale, code=code)
 
 
 def parts(folder: CheckpointFolder) -> list[Part]:
@@ -228,7 +225,7 @@ def _buckets(folder: CheckpointFolder, common: dict[str, Any]) -> Iterator[Part]
 
 
 def _kind(name: str, optimizer: str) -> str:
-    return MASTER if optimizer == ADAM and name in _STOCK_MASTERS else name
+    return MASTER if optimizer == ADAM and name in (STOCK_MASTER, OLDER_MASTER) else name
 
 
 def _merged(chunks: list[Box]) -> tuple[tuple[int, int], ...]:

@@ -31,9 +31,9 @@ from functools import cache
 import torch
 
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, encode_moment
+from megatron_flashoptim.checkpoint.deviation import belongs
 from megatron_flashoptim.checkpoint.folder import ADAM, CheckpointFolder
 from megatron_flashoptim.checkpoint.state_parts import MASTER, WEIGHT, Part, decode, parts
-from megatron_flashoptim.checkpoint.stock import _belongs
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import (
     EXP_AVG_MAX_CODE,
@@ -182,13 +182,13 @@ class Inspection:
 
 
 def inspect(
-    folder: CheckpointFolder, progress: Callable[[int, int, str], None] = lambda *_: None
+    folder: CheckpointFolder, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Inspection:
     """Read a whole checkpoint and return its statistics.
 
     Args:
         folder: the checkpoint.
-        progress: told elements done, all elements, and the part at hand.
+        progress: told what is done, elements done and all elements.
 
     Raises:
         ValueError: the checkpoint is damaged; says which file or tensor.
@@ -197,14 +197,14 @@ def inspect(
     every = parts(folder)
     total, done = sum(part.elements for part in every), 0
     for part in every:
-        progress(done, total, part.label)
-        statistics, belongs = part_statistics(part, adam=folder.optimizer == ADAM)
+        progress("reading", done, total)
+        statistics, is_of_weight = part_statistics(part, adam=folder.optimizer == ADAM)
         inspection.parts.append((part, statistics))
-        inspection.checked += belongs is not None
-        if belongs is False:
+        inspection.checked += is_of_weight is not None
+        if is_of_weight is False:
             inspection.not_of_weights.append(part.label)
         done += part.elements
-    progress(total, total, "")
+    progress("reading", total, total)
     return inspection
 
 
@@ -217,7 +217,7 @@ def part_statistics(part: Part, *, adam: bool) -> tuple[dict[str, Statistics], b
         adam: whether its state is that of Megatron's Adam; the second value is else None.
     """
     found = {kind: Statistics(kind) for kind in part.kinds()}
-    belongs: bool | None = None
+    is_of_weight: bool | None = None
     check = adam and {WEIGHT, MASTER} <= set(found)
     for start, end in part.ranges():
         for kind, statistics in found.items():
@@ -229,9 +229,9 @@ def part_statistics(part: Part, *, adam: bool) -> tuple[dict[str, Statistics], b
                 _add_codes(statistics, _index(part.stored(kind, start, end)))
             elif kind in SCALE_OF:
                 _add_moment(statistics, part, values, start, end)
-            if check and kind == MASTER and belongs is not False:
-                belongs = _belongs(values, part.stored(WEIGHT, start, end))
-    return found, belongs
+            if check and kind == MASTER and is_of_weight is not False:
+                is_of_weight = belongs(values, part.stored(WEIGHT, start, end))
+    return found, is_of_weight
 
 
 def _add_values(statistics: Statistics, values: torch.Tensor) -> None:

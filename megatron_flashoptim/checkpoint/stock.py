@@ -13,31 +13,25 @@ the weight would move the master instead, the one of the two that carries the tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
+from megatron_flashoptim.checkpoint import deviation
 from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.deviation import AT_ONCE, Report
+from megatron_flashoptim.checkpoint.folder import MASTER, OLDER_MASTER
 from megatron_flashoptim.checkpoint.fragments import read_fragments
 from megatron_flashoptim.checkpoint.model_space import PREFIX, ModelSpace, OwnedRange
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
-from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ, BucketShard
-
-# Stock's name of the master weight, and that of the older sharding type.
-MASTER = "param"
-_OLDER_MASTER = "fp32_param"
-KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
-# Elements encoded at once, whole groups; the codec's temporary tensors are a few times as large.
-_AT_ONCE = 1 << 18
-# Parameters to name in an error.
-_MAX_NAMED = 8
+from megatron_flashoptim.optim.shard import BucketShard
 
 
 @dataclass(frozen=True)
@@ -79,96 +73,6 @@ class StockRange:
     end: int
     parts: Sequence[StockPart]
     master: str = MASTER
-
-
-@dataclass
-class Deviation:
-    """How far encoded values are from those that were encoded.
-
-    Attributes:
-        largest: largest error of an element, relative to the element (masters) or to the largest
-            of its group of 32 (moments).
-        error, total: sums of all absolute errors and of all absolute values.
-    """
-
-    largest: float = 0.0
-    error: float = 0.0
-    total: float = 0.0
-
-    def add(self, other: Deviation) -> None:
-        """Take another part of the state in."""
-        self.largest = max(self.largest, other.largest)
-        self.error += other.error
-        self.total += other.total
-
-    @property
-    def mean(self) -> float:
-        """Sum of errors over sum of values."""
-        return self.error / self.total if self.total else 0.0
-
-
-@dataclass
-class Report:
-    """What was converted on a rank, or on all of them.
-
-    Attributes:
-        parameters: ranges of parameters converted.
-        elements: their elements.
-        deviations: by kind of state.
-        damaged: names of parameters whose weight is not the bf16 of their master.
-        problem: why state could not be read, if so.
-    """
-
-    parameters: int = 0
-    elements: int = 0
-    deviations: dict[str, Deviation] = field(
-        default_factory=lambda: {kind: Deviation() for kind in KINDS}
-    )
-    damaged: list[str] = field(default_factory=list)
-    problem: str | None = None
-
-    def add(self, other: Report) -> None:
-        """Take another rank's report in."""
-        self.parameters += other.parameters
-        self.elements += other.elements
-        for kind, deviation in other.deviations.items():
-            self.deviations[kind].add(deviation)
-        self.damaged += [name for name in other.damaged if name not in self.damaged]
-        self.problem = self.problem or other.problem
-
-    def check(self) -> None:
-        """Refuse state that does not belong to the weights.
-
-        Raises:
-            ValueError: names the parameters, or says what could not be read.
-        """
-        if self.problem is not None:
-            raise ValueError(self.problem)
-        if self.damaged:
-            more = len(self.damaged) - _MAX_NAMED
-            named = ", ".join(self.damaged[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-            raise ValueError(
-                f"the Adam state in the checkpoint does not belong to its weights: the fp32 master "
-                f"rounded to bf16 is not the weight in {len(self.damaged)} parameters ({named}). "
-                "Megatron's fully_reshardable save shifts masters and moments where buckets end in "
-                "padding (--overlap-grad-reduce). Load the weights, which are right, with "
-                "--no-load-optim --no-load-rng or --finetune, or a checkpoint saved with "
-                "dp_reshardable (without --dist-ckpt-optim-fully-reshardable)"
-            )
-
-    def text(self) -> str:
-        """Return one line: what was converted, with its errors."""
-
-        def of(kind: str) -> str:
-            deviation = self.deviations[kind]
-            return f"largest {deviation.largest:.2e}, mean {deviation.mean:.2e}"
-
-        return (
-            f"converted Megatron's Adam state to flash state: {self.elements} elements in "
-            f"{self.parameters} parameter ranges; relative errors of masters {of(MASTER)}, of "
-            f"exp_avg {of(EXP_AVG)}, of exp_avg_sq {of(EXP_AVG_SQ)} (moments: largest is relative "
-            "to the largest of each 32 elements)"
-        )
 
 
 @dataclass
@@ -221,7 +125,7 @@ def ranges_of_model(space: ModelSpace, *, older: bool = False) -> list[StockRang
         space: what this rank owns.
         older: for ``fully_sharded_model_space``, see ``_read_fragments``.
     """
-    master = _OLDER_MASTER if older else MASTER
+    master = OLDER_MASTER if older else MASTER
     return [
         StockRange(
             _name(owned), owned.shard, owned.start, owned.end, list(_model_parts(owned)), master
@@ -295,17 +199,17 @@ def _convert_range(owned: StockRange, reader: CheckpointReader, report: Report) 
     elements = slice(owned.start, owned.end)
     weight = owned.shard.param[elements]
     master = _read(owned, reader, MASTER)
-    if not _belongs(master, weight):
+    if not deviation.belongs(master, weight):
         report.damaged.append(owned.name)
         return
-    for start in range(0, master.numel(), _AT_ONCE):
-        part = slice(owned.start + start, min(owned.start + start + _AT_ONCE, owned.end))
+    for start in range(0, master.numel(), AT_ONCE):
+        part = slice(owned.start + start, min(owned.start + start + AT_ONCE, owned.end))
         report.deviations[MASTER].add(_store_master(owned.shard, part, master[start:]))
     del master
     for moment in SCALE_OF:
         values = _read(owned, reader, moment)
-        for start in range(0, values.numel(), _AT_ONCE):
-            part = slice(owned.start + start, min(owned.start + start + _AT_ONCE, owned.end))
+        for start in range(0, values.numel(), AT_ONCE):
+            part = slice(owned.start + start, min(owned.start + start + AT_ONCE, owned.end))
             report.deviations[moment].add(_store_moment(owned.shard, moment, part, values[start:]))
     report.parameters += 1
     report.elements += owned.end - owned.start
@@ -318,7 +222,7 @@ def _read(owned: StockRange, reader: CheckpointReader, kind: str) -> torch.Tenso
         name = owned.master if kind == MASTER else kind
         key = reader.find(part.key.replace("{kind}", name))
         saved = reader.shape(key)
-        if owned.master == _OLDER_MASTER and len(saved) == len(part.shape) + 1:
+        if owned.master == OLDER_MASTER and len(saved) == len(part.shape) + 1:
             target = part.place(flat)
             read_fragments(target, part.shape, Box(part.offset, tuple(target.shape)), key, reader)
             continue
@@ -327,28 +231,12 @@ def _read(owned: StockRange, reader: CheckpointReader, kind: str) -> torch.Tenso
                 f"{key} has the shape {saved} in the checkpoint and {part.shape} in this run"
                 + (f": {part.hint}" if part.hint else "")
             )
-        reader.read_into(part.place(flat), key, part.offset)
+        partly = part.allow_shape_mismatch
+        reader.read_into(part.place(flat), key, part.offset, partly=partly)
     return flat
 
 
-def _belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether the weights are the masters, rounded to nearest, ties to even or away."""
-    for start in range(0, master.numel(), _AT_ONCE):
-        exact = master[start : start + _AT_ONCE]
-        rounded = weight[start : start + _AT_ONCE].cpu()
-        same = exact.isnan() & rounded.isnan()
-        if rounded.dtype == torch.float32:  # of a run in fp32, or saved as bf16 by one that was not
-            same |= (exact == rounded) | (exact.to(torch.bfloat16).to(torch.float32) == rounded)
-        else:
-            # Transformer Engine's int16 remainders round ties away from zero.
-            away, _ = split_master(exact, bits=32)
-            same |= (exact.to(torch.bfloat16) == rounded) | (away == rounded)
-        if not same.all():
-            return False
-    return True
-
-
-def _store_master(shard: BucketShard, part: slice, values: torch.Tensor) -> Deviation:
+def _store_master(shard: BucketShard, part: slice, values: torch.Tensor) -> deviation.Deviation:
     """Split masters into weight and correction; ``values`` may go on beyond the part."""
     master = values[: part.stop - part.start].to(shard.param.device)
     if shard.correction is None:
@@ -360,10 +248,12 @@ def _store_master(shard: BucketShard, part: slice, values: torch.Tensor) -> Devi
         shard.param[part].copy_(high)
         shard.correction[part].copy_(correction)
         stored = join_master(high, correction)
-    return _deviation(stored, master, master.abs())
+    return deviation.of_master(stored, master)
 
 
-def _store_moment(shard: BucketShard, moment: str, part: slice, values: torch.Tensor) -> Deviation:
+def _store_moment(
+    shard: BucketShard, moment: str, part: slice, values: torch.Tensor
+) -> deviation.Deviation:
     """Encode a moment; ``values`` may go on beyond the part."""
     state = dict(shard.state())
     exact = values[: part.stop - part.start].to(shard.param.device)
@@ -372,16 +262,4 @@ def _store_moment(shard: BucketShard, moment: str, part: slice, values: torch.Te
     groups = slice(part.start // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
     state[SCALE_OF[moment]][groups].copy_(scale)
     stored = decode_moment(moment, codes, scale, code=shard.exp_avg_sq_code)
-    padded = torch.nn.functional.pad(exact.abs(), (0, -exact.numel() % GROUP_SIZE))
-    largest = padded.view(-1, GROUP_SIZE).amax(dim=1)
-    return _deviation(stored, exact, largest.repeat_interleave(GROUP_SIZE)[: exact.numel()])
-
-
-def _deviation(stored: torch.Tensor, exact: torch.Tensor, reference: torch.Tensor) -> Deviation:
-    error = (stored - exact).abs()
-    relative = torch.where(error > 0, error / reference, 0.0)
-    return Deviation(
-        largest=float(relative.max()) if relative.numel() else 0.0,
-        error=float(error.sum(dtype=torch.float64)),
-        total=float(exact.abs().sum(dtype=torch.float64)),
-    )
+    return deviation.of_moment(stored, exact)

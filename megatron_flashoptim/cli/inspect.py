@@ -8,12 +8,12 @@ import json
 import math
 import os
 import sys
-import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_flashoptim.cli.command import Command, UsageError
+from megatron_flashoptim.cli.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_flashoptim.checkpoint.description import Bytes
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 REPORTS = (".html", ".png")
 INSTALL = "pip install 'megatron-flashoptim[inspect]'"
-# Elements above which reading takes long enough to say how far it is, and how often.
-_LARGE = 50_000_000
-_SECONDS = 2.0
+# Elements above which reading takes long enough to say how far it is.
+_LARGE = 20_000_000
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="folder given to --save, or iter_N in it")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="folder given to --save, or iter_N in it"
+    )
     parser.add_argument("--iteration", type=int, help="which one (default: the latest)")
     parser.add_argument("--against", metavar="OTHER", help="another checkpoint to compare with")
     parser.add_argument("--against-iteration", type=int, help="which one of OTHER")
@@ -57,8 +58,6 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_flashoptim.checkpoint.statistics import inspect
     from megatron_flashoptim.cli import inspect_tables
 
-    # Megatron's loader of what is not a tensor, without a process group, as is meant here.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     folder = open_folder(options.checkpoint, options.iteration)
     other = None
     if options.against is not None:
@@ -69,13 +68,14 @@ def _run(options: argparse.Namespace) -> None:
     print("\n".join([*inspect_tables.description(fields), "", *inspect_tables.byte_table(sizes)]))
     sys.stdout.flush()
 
-    inspection = inspect(folder, _Progress("reading"))
+    with Progress() as progress:
+        told_if_large = _if_large(progress)
+        inspection = inspect(folder, told_if_large)
+        comparison = None if other is None else compare(folder, other, told_if_large)
     print("\n".join(inspect_tables.statistics_tables(inspection, layers=options.layers)))
     if told := inspect_tables.findings(inspection):
         print("\n" + "\n".join(told))
-    comparison = None
-    if other is not None:
-        comparison = compare(folder, other, _Progress("comparing"))
+    if comparison is not None and other is not None:
         print(f"\n{folder.path}\nagainst {other.path}")
         print("\n".join(inspect_tables.described_beside(fields, describe(other))))
         print("\n".join(inspect_tables.comparison_tables(comparison, layers=options.layers)))
@@ -119,25 +119,14 @@ def _report_file(options: argparse.Namespace) -> Path | None:
     return Path(options.report)
 
 
-class _Progress:
-    """Tells on one line of stderr how far a large checkpoint is read."""
+def _if_large(progress: Progress) -> Callable[[str, int, int], None]:
+    """Return a progress that says nothing while a small checkpoint is read."""
 
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._told = time.monotonic()
-        self._shown = False
+    def tell(phase: str, done: int, total: int) -> None:
+        if total >= _LARGE:
+            progress(phase, done, total)
 
-    def __call__(self, done: int, total: int, label: str) -> None:
-        now = time.monotonic()
-        if total < _LARGE or (done < total and now - self._told < _SECONDS):
-            return
-        self._told = now
-        at_terminal = sys.stderr.isatty()
-        text = f"{self._doing}: {100 * done / total:5.1f} % {label}"
-        if at_terminal:
-            print(f"\r\x1b[K{text}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-        else:
-            print(text.rstrip(), file=sys.stderr, flush=True)
+    return tell
 
 
 def as_json(

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_flashoptim.checkpoint.description import Bytes
@@ -24,8 +24,6 @@ TITLES = {
 # Parameters to name where masters are not those of the weights.
 _MAX_NAMED = 8
 _NAME = 60
-
-Values = TypeVar("Values")
 
 
 def description(fields: dict[str, str]) -> list[str]:
@@ -49,20 +47,18 @@ def byte_table(rows: Iterable[Bytes]) -> list[str]:
     """Return bytes per kind; "per parameter" is over the elements of the weights."""
     rows = list(rows)
     parameters = sum(row.elements for row in rows if row.kind == "weights")
+
+    def per_parameter(count: int) -> str:
+        return f"{count / parameters:.3f}" if parameters else "-"
+
     table = [("bytes", "dtype", "tensors", "elements", "bytes", "per parameter")]
     for row in rows:
-        table.append(_byte_row(row.kind, row.dtype, row.tensors, row.elements, row.bytes))
+        counts = (str(row.tensors), str(row.elements), str(row.bytes))
+        table.append((row.kind, row.dtype, *counts, per_parameter(row.bytes)))
     total = sum(row.bytes for row in rows)
-    table.append(_byte_row("all", "", sum(row.tensors for row in rows), 0, total))
-    for number, row in enumerate(rows + [rows[0]]):
-        bytes_ = total if number == len(rows) else row.bytes
-        share = f"{bytes_ / parameters:.3f}" if parameters else "-"
-        table[number + 1] = (*table[number + 1], share)
+    tensors = sum(row.tensors for row in rows)
+    table.append(("all", "", str(tensors), "", str(total), per_parameter(total)))
     return _aligned(table, left=2)
-
-
-def _byte_row(*values: object) -> tuple[str, ...]:
-    return tuple(str(value) if value != 0 else "" for value in values)
 
 
 def statistics_tables(inspection: Inspection, *, layers: bool) -> list[str]:
@@ -86,7 +82,9 @@ def _statistics_table(
     has_error: bool,
     has_codes: bool,
 ) -> list[str]:
-    header = ["layers", "norm min", "median", "max", "at"]
+    buckets = next(iter(families)).endswith("bucket_idx_*")
+    header = ["buckets" if buckets else "layers"]
+    header += ["norm min", "median", "max", "at"] if kind != "correction" else []
     header += ["error median", "max", "at"] if has_error else []
     header += ["top %", "zero %", "min %"] if has_codes else []
     header += ["scale from", "to"] if kind in ("exp_avg", "exp_avg_sq") else []
@@ -109,7 +107,9 @@ def _family_row(
 ) -> tuple[str, ...]:
     together = _sum(family)
     count = str(len(family)) if family[0][0].index is not None else ""
-    row = [count, *_spread(family, lambda each: each.norm)]
+    row = [count]
+    if kind != "correction":  # sums of corrections mean nothing
+        row += _spread(family, lambda each: each.norm)
     if has_error:
         row += _spread(family, lambda each: each.relative_error or 0.0)[1:]
     if has_codes:
@@ -129,7 +129,7 @@ def _sum(family: list[tuple[Part, Statistics]]) -> Statistics:
     return total
 
 
-def _spread(
+def _spread[Values](
     family: Sequence[tuple[Part, Values]], value: Callable[[Values], float]
 ) -> list[str]:
     """Return least, median and largest value, and the number of the layer of the largest."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm, TwoSlopeNorm
+from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
@@ -94,9 +95,9 @@ def _drawings(
         rows = min(len(inspection.families(kind)), _MOST_ROWS)
         if kind != "correction":
             height = 1.3 + _ROW_HEIGHT * max(rows, 6)
-            drawings.append((height, lambda figure, kind=kind: _depth(figure, inspection, kind)))
+            drawings.append((height, partial(_depth, inspection=inspection, kind=kind)))
     for kind in kinds:
-        drawings.append((3.2, lambda figure, kind=kind: _distribution(figure, inspection, kind)))
+        drawings.append((3.2, partial(_distribution, inspection=inspection, kind=kind)))
     if comparison is not None:
         rows = min(len({part.name for part, _ in comparison.parts}), _MOST_ROWS)
         drawings.append(
@@ -116,12 +117,15 @@ def _depth(figure: Any, inspection: Inspection, kind: str) -> None:
     for unused in axes[columns:]:
         unused.set_visible(False)
     sizes = _matrix(families, lambda each: _log2(each.squares / max(each.elements, 1)) / 2)
-    median = np.nanmedian(np.where(np.isfinite(sizes), sizes, np.nan), axis=1, keepdims=True)
-    relative = sizes - median
-    most = max(1.0, float(np.nanmax(np.abs(np.where(np.isfinite(relative), relative, 0)))))
+    relative = np.full_like(sizes, np.nan)
+    for row, values in enumerate(sizes):
+        usable = np.isfinite(values)
+        if usable.any():
+            relative[row, usable] = values[usable] - np.median(values[usable])
+    most = max(1.0, float(np.abs(relative[np.isfinite(relative)]).max(initial=0.0)))
     norm = TwoSlopeNorm(0, -most, most)
-    _map(axes[0], relative, families, "rms, log2 of its ratio to the row's median", "RdBu_r", norm)
-    axes[0].set_yticks(range(len(families)), [name for name, _ in families], fontsize=7)
+    _map(axes[0], relative, families, "rms over the median of its row, log2", "RdBu_r", norm)
+    axes[0].set_yticks(range(len(families)), [name for name, _ in families], fontsize=6.5)
     if some.error is not None:
         errors = _matrix(families, lambda each: each.relative_error or 0.0)
         title = "quantization error, relative" + (" (of the root)" if kind == "exp_avg_sq" else "")
@@ -135,16 +139,17 @@ def _distribution(figure: Any, inspection: Inspection, kind: str) -> None:
     """Draw histograms of codes, values and scales, and the first two over depth."""
     total = inspection.total(kind)
     axes = figure.subplots(1, 4)
-    figure.suptitle(
-        f"{TITLES[kind]}: distributions", fontsize=11, x=0.01, ha="left", weight="bold"
-    )
+    figure.suptitle(f"{TITLES[kind]}: distributions", fontsize=11, x=0.01, ha="left", weight="bold")
     per_layer = _by_layer(inspection, kind)
     depths = sorted(per_layer)
+    along = "bucket" if _has_buckets(inspection.families(kind)) else "layer"
     codes_of = "correction" if kind in ("master", "correction") else "code"
     if total.codes is not None:
         shown = _codes(total)
         axes[0].step(shown[0], shown[1], where="mid", lw=0.8)
+        top = float(shown[1].max())
         axes[0].set_yscale("log")
+        axes[0].set_ylim(max(float(shown[1][shown[1] > 0].min(initial=top)), 1e-6) / 2, 2 * top)
         axes[0].set(xlabel=codes_of, ylabel="share of elements")
     if kind != "correction":
         root = "root of the value" if kind == "exp_avg_sq" else "|value|"
@@ -158,13 +163,13 @@ def _distribution(figure: Any, inspection: Inspection, kind: str) -> None:
         used = np.flatnonzero(counts.any(axis=1))
         low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
         extent = (depths[0] - 0.5, depths[-1] + 0.5, low + 0.5 - BIAS, high + 0.5 - BIAS)
-        _density(axes[2], counts[low:high], extent, f"log2 of {root}", _along(inspection))
+        _density(axes[2], counts[low:high], extent, f"log2 of {root}", along)
     if depths and total.codes is not None:
         columns = [_codes(per_layer[depth]) for depth in depths]
         counts = np.stack([share for _, share in columns], axis=1)
         codes = columns[0][0]
         extent = (depths[0] - 0.5, depths[-1] + 0.5, codes[0] - 0.5, codes[-1] + 0.5)
-        _density(axes[3], counts, extent, codes_of, _along(inspection))
+        _density(axes[3], counts, extent, codes_of, along)
     for each in axes:
         each.tick_params(labelsize=7)
         if not each.has_data():
@@ -186,11 +191,13 @@ def _differences(figure: Any, comparison: Comparison) -> None:
         families = _largest(comparison.families(kind))
         values = _matrix(families, lambda found: found.mean or math.nan)
         usable = values[np.isfinite(values)]
-        norm = LogNorm(usable.min(), max(usable.max(), 1.01 * usable.min())) if usable.size else None
+        norm = (
+            LogNorm(usable.min(), max(usable.max(), 1.01 * usable.min())) if usable.size else None
+        )
         same = "" if usable.size else " (none)"
         _map(each, values, families, TITLES[kind] + same, "magma_r", norm)
         names = [name for name, _ in families] if number == 0 else [""] * len(families)
-        each.set_yticks(range(len(families)), names, fontsize=7)
+        each.set_yticks(range(len(families)), names, fontsize=6.5)
 
 
 def _largest(families: dict[str, list[tuple[Part, Any]]]) -> list[tuple[str, Any]]:
@@ -213,33 +220,49 @@ def _matrix(families: Sequence[tuple[str, Any]], value: Callable[[Any], float]) 
 def _map(
     axes: Any, values: Matrix, families: Sequence[Any], title: str, colors: str, norm: Any
 ) -> None:
-    """Draw a matrix of ``_matrix``; without layers in it, its column 0 alone."""
-    width = values.shape[1]
-    image = axes.imshow(
-        np.ma.masked_invalid(values),
-        aspect="auto",
-        interpolation="nearest",
-        cmap=colors,
-        norm=norm,
-        extent=(-1.5, width - 1.5, len(families) - 0.5, -0.5),
-    )
+    """Draw a matrix of ``_matrix``: layers, and left of them a strip of what has none."""
+    layers = values.shape[1] - 1
+    shown = np.ma.masked_invalid(values)
+    if norm is None and shown.count():
+        norm = Normalize(float(shown.min()), float(shown.max()))
+    strip = max(1.0, 0.06 * layers) if layers else 1.0
+    gap = 0.02 * layers
+    image = None
+    # Left and right end, and the columns between them.
+    for left, right, part in (
+        (-0.5 - gap - strip, -0.5 - gap, shown[:, :1]),
+        (-0.5, layers - 0.5, shown[:, 1:]),
+    ):
+        if part.count():
+            image = axes.imshow(
+                part,
+                aspect="auto",
+                interpolation="nearest",
+                cmap=colors,
+                norm=norm,
+                extent=(left, right, len(families) - 0.5, -0.5),
+            )
     axes.set_facecolor(_EMPTY)
     axes.set_title(title, fontsize=8)
     axes.tick_params(labelsize=7)
-    if width > 1:
-        axes.axvline(-0.5, color="white", lw=2)
-        buckets = families[0][0].endswith("bucket_idx_*")
-        axes.set_xlabel(
-            "bucket" if buckets else "layer (left of the line: tensors outside layers)", fontsize=7
-        )
-        ticks = [tick for tick in MaxNLocator(10, integer=True).tick_values(0, width - 2)]
-        axes.set_xticks([tick for tick in ticks if 0 <= tick <= width - 2])
-        if buckets:
-            axes.set_xlim(-0.5, width - 1.5)
-    else:
-        axes.set_xticks([])
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
-    bar.ax.tick_params(labelsize=7)
+    has_strip = bool(shown[:, :1].count())
+    axes.set_xlim(-0.5 - gap - strip if has_strip else -0.5, max(layers, 0) - 0.5)
+    axes.set_ylim(len(families) - 0.5, -0.5)
+    ticks = MaxNLocator(10, integer=True).tick_values(0, max(layers - 1, 0)) if layers else []
+    places = [(float(tick), f"{tick:g}") for tick in ticks if 0 <= tick < layers]
+    if has_strip:
+        axes.axvspan(-0.5 - gap, -0.5, color="white")
+        places.insert(0, (-0.5 - gap - strip / 2, "none"))
+    axes.set_xticks([place for place, _ in places], [label for _, label in places])
+    axes.set_xlabel("bucket" if _has_buckets(name for name, _ in families) else "layer", fontsize=7)
+    if image is not None:
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.yaxis.get_offset_text().set_fontsize(7)
+
+
+def _has_buckets(names: Iterable[str]) -> bool:
+    return any(name.endswith("bucket_idx_*") for name in names)
 
 
 def _by_layer(inspection: Inspection, kind: str) -> dict[int, Statistics]:
@@ -248,11 +271,6 @@ def _by_layer(inspection: Inspection, kind: str) -> dict[int, Statistics]:
         if part.index is not None and kind in statistics:
             found.setdefault(part.index, Statistics(kind)).add(statistics[kind])
     return found
-
-
-def _along(inspection: Inspection) -> str:
-    buckets = any(part.name.endswith("bucket_idx_*") for part, _ in inspection.parts)
-    return "bucket" if buckets else "layer"
 
 
 def _codes(statistics: Statistics) -> tuple[Matrix, Matrix]:
@@ -273,13 +291,14 @@ def _binades(axes: Any, counts: Matrix, label: str) -> None:
 def _density(axes: Any, counts: Matrix, extent: Any, ylabel: str, xlabel: str) -> None:
     """Draw the shares of each column, which sum to 1."""
     shares = counts / np.maximum(counts.sum(axis=0, keepdims=True), 1e-300)
+    most = max(float(shares.max()), 1e-6)
     image = axes.imshow(
         np.ma.masked_equal(shares, 0),
         aspect="auto",
         origin="lower",
         interpolation="nearest",
         cmap="viridis",
-        norm=LogNorm(max(float(shares[shares > 0].min(initial=1)), 1e-6), 1),
+        norm=LogNorm(max(float(shares[shares > 0].min(initial=most)), most / 1e4), most),
         extent=extent,
     )
     axes.set_facecolor(_EMPTY)

@@ -11,9 +11,10 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import log_single_rank
 
-from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint import metadata, param_groups
+from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.model_space import ModelSpace
-from megatron_flashoptim.checkpoint.stock import Report, StockLoading, StockRange
+from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         if isinstance(state_dict, dict) and _STOCK in state_dict:
             self._load_stock(state_dict)
             return
-        if not isinstance(state_dict, dict) or _MERGED not in state_dict:
+        if not isinstance(state_dict, dict) or metadata.MERGED not in state_dict:
             super().load_state_dict(state_dict)
             return
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
@@ -179,7 +180,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
             ValueError: param groups differ, state is missing, or it does not belong to the
                 weights; on all ranks, whichever found it.
         """
-        shared = _stock_groups(state_dict)
+        shared = param_groups.of_optimizer(state_dict)
         report = Report()
         try:
             for number, member in enumerate(self.chained_optimizers):
@@ -264,25 +265,10 @@ class FlashChainedOptimizer(ChainedOptimizer):
         )
 
 
-# How many members a chain has depends on the layout: experts have one of their own only with
-# expert parallelism. So all members' groups are saved as those of one, marked by this key.
-_MERGED = "flashoptim_merged"
 _PARAM_STATE = "param_state"
 # State of Megatron's own Adam that is being loaded, and its param groups in dp_reshardable.
 _STOCK = "flashoptim_stock"
 _STOCK_GROUPS = "flashoptim_stock_groups"
-
-
-def _stock_groups(state_dict: dict[Any, Any]) -> list[dict[str, Any]]:
-    """Return the param groups of one optimizer of Megatron's, or of all in its chain."""
-    if "optimizer" in state_dict:
-        return list(state_dict["optimizer"]["param_groups"])
-    chained = sorted(key for key in state_dict if isinstance(key, int))
-    return [
-        group
-        for key in chained
-        for group in state_dict[key].get("optimizer", {}).get("param_groups", ())
-    ]
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -290,7 +276,7 @@ def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
     groups = [group for state in states for group in state["optimizer"]["param_groups"]]
     return {
         **states[0],
-        _MERGED: True,
+        metadata.MERGED: True,
         "optimizer": {"param_groups": groups},
         _PARAM_STATE: {str(number): state[_PARAM_STATE] for number, state in enumerate(states)},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from megatron_flashoptim.codec import spec
@@ -69,6 +69,16 @@ class FlashOptimConfig:
         if self.rounding != "auto":
             return self.rounding
         return "nearest" if (1.0 - beta2) / 2.0 > 2 * _HALF_ULP_OF_SCALE else "stochastic"
+
+
+def arguments(flash: FlashOptimConfig | None) -> dict[str, Any]:
+    """Return what parsed arguments hold of a configuration, or for other optimizers.
+
+    Returns:
+        ``flash_optimizer`` and one name for each ``--flash-*`` flag; the seed is Megatron's own.
+    """
+    names = [field.name for field in fields(FlashOptimConfig) if field.name != "seed"]
+    return {f"flash_{name}": None if flash is None else getattr(flash, name) for name in names}
 
 
 def _check_choice(flag: str, value: Any, choices: tuple[Any, ...]) -> None:

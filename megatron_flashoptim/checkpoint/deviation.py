@@ -1,0 +1,152 @@
+"""How far converted state is from what it was made of, and whether it belongs to the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_flashoptim.checkpoint.folder import MASTER
+from megatron_flashoptim.codec import split_master
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ
+
+KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+# Elements looked at together; temporary tensors are a few times as large.
+AT_ONCE = 1 << 18
+# Parameters to name in an error.
+_MAX_NAMED = 8
+
+
+@dataclass
+class Deviation:
+    """How far encoded values are from those that were encoded.
+
+    Attributes:
+        largest: largest error of an element, relative to the element (masters) or to the largest
+            of its group of 32 (moments).
+        error, total: sums of all absolute errors and of all absolute values.
+    """
+
+    largest: float = 0.0
+    error: float = 0.0
+    total: float = 0.0
+
+    def add(self, other: Deviation) -> None:
+        """Take another part of the state in."""
+        self.largest = max(self.largest, other.largest)
+        self.error += other.error
+        self.total += other.total
+
+    @property
+    def mean(self) -> float:
+        """Sum of errors over sum of values."""
+        return self.error / self.total if self.total else 0.0
+
+
+@dataclass
+class Report:
+    """What was converted on a rank, or on all of them.
+
+    Attributes:
+        parameters: ranges of parameters converted.
+        elements: their elements.
+        deviations: by kind of state.
+        damaged: names of parameters whose weight is not the bf16 of their master.
+        problem: why state could not be read, if so.
+    """
+
+    parameters: int = 0
+    elements: int = 0
+    deviations: dict[str, Deviation] = field(
+        default_factory=lambda: {kind: Deviation() for kind in KINDS}
+    )
+    damaged: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+    def add(self, other: Report) -> None:
+        """Take another rank's report in."""
+        self.parameters += other.parameters
+        self.elements += other.elements
+        for kind, deviation in other.deviations.items():
+            self.deviations[kind].add(deviation)
+        self.damaged += [name for name in other.damaged if name not in self.damaged]
+        self.problem = self.problem or other.problem
+
+    def check(self) -> None:
+        """Refuse state that does not belong to the weights.
+
+        Raises:
+            ValueError: names the parameters, or says what could not be read.
+        """
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        if self.damaged:
+            more = len(self.damaged) - _MAX_NAMED
+            named = ", ".join(self.damaged[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+            raise ValueError(
+                f"the Adam state in the checkpoint does not belong to its weights: the fp32 master "
+                f"rounded to bf16 is not the weight in {len(self.damaged)} parameters ({named}). "
+                "Megatron's fully_reshardable save shifts masters and moments where buckets end in "
+                "padding (--overlap-grad-reduce). Load the weights, which are right, with "
+                "--no-load-optim --no-load-rng or --finetune, or a checkpoint saved with "
+                "dp_reshardable (without --dist-ckpt-optim-fully-reshardable)"
+            )
+
+    def text(self) -> str:
+        """Return one line: what was converted, with its errors."""
+
+        def of(kind: str) -> str:
+            deviation = self.deviations[kind]
+            return f"largest {deviation.largest:.2e}, mean {deviation.mean:.2e}"
+
+        return (
+            f"converted Megatron's Adam state to flash state: {self.elements} elements in "
+            f"{self.parameters} parameter ranges; relative errors of masters {of(MASTER)}, of "
+            f"exp_avg {of(EXP_AVG)}, of exp_avg_sq {of(EXP_AVG_SQ)} (moments: largest is relative "
+            "to the largest of each 32 elements)"
+        )
+
+
+def belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the weights are the masters, rounded to nearest, ties to even or away.
+
+    Args:
+        master: flat fp32, in host memory.
+        weight: flat bf16 or fp32, of the same length.
+    """
+    for start in range(0, master.numel(), AT_ONCE):
+        exact = master[start : start + AT_ONCE]
+        rounded = weight[start : start + AT_ONCE].cpu()
+        same = exact.isnan() & rounded.isnan()
+        if rounded.dtype == torch.float32:  # of a run in fp32, or saved as bf16 by one that was not
+            same |= (exact == rounded) | (exact.to(torch.bfloat16).to(torch.float32) == rounded)
+        else:
+            # Transformer Engine's int16 remainders round ties away from zero.
+            away, _ = split_master(exact, bits=32)
+            same |= (exact.to(torch.bfloat16) == rounded) | (away == rounded)
+        if not same.all():
+            return False
+    return True
+
+
+def of_master(stored: torch.Tensor, exact: torch.Tensor) -> Deviation:
+    """Return the error of flat fp32 masters."""
+    return _deviation(stored, exact, exact.abs())
+
+
+def of_moment(stored: torch.Tensor, exact: torch.Tensor) -> Deviation:
+    """Return the error of a flat fp32 moment, the first element at the start of a group."""
+    padded = torch.nn.functional.pad(exact.abs(), (0, -exact.numel() % GROUP_SIZE))
+    largest = padded.view(-1, GROUP_SIZE).amax(dim=1)
+    return _deviation(stored, exact, largest.repeat_interleave(GROUP_SIZE)[: exact.numel()])
+
+
+def _deviation(stored: torch.Tensor, exact: torch.Tensor, reference: torch.Tensor) -> Deviation:
+    error = (stored - exact).abs()
+    relative = torch.where(error > 0, error / reference, 0.0)
+    return Deviation(
+        largest=float(relative.max()) if relative.numel() else 0.0,
+        error=float(error.sum(dtype=torch.float64)),
+        total=float(exact.abs().sum(dtype=torch.float64)),
+    )

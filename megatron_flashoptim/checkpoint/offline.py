@@ -1,0 +1,342 @@
+"""Conversion of checkpoints in model space between Megatron's Adam and flash, without a run.
+
+The source is never touched. The result is written part by part beside its final place (``writer``),
+read back, and moved into place in one step; what an interrupted conversion has finished is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, save_integrity_manifest
+
+from megatron_flashoptim.checkpoint import common_state, metadata, workers, writer
+from megatron_flashoptim.checkpoint.damage import check_files
+from megatron_flashoptim.checkpoint.deviation import Report
+from megatron_flashoptim.checkpoint.folder import (
+    FLASH,
+    TRACKER,
+    open_folder,
+)
+from megatron_flashoptim.checkpoint.model_state import Chunk
+from megatron_flashoptim.checkpoint.recoding import Recoding
+from megatron_flashoptim.checkpoint.writer import NewBox
+from megatron_flashoptim.optim.config import FlashOptimConfig
+
+# Elements of a part, which is what an interruption loses.
+_PART = 1 << 26
+# Files of a checkpoint folder that are written anew.
+_OWN_FILES = {".metadata", "metadata.json", "common.pt", INTEGRITY_FNAME}
+# Bytes on disk beside an item's data: torch's archive around it.
+_BYTES_PER_ITEM = 1400
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert.
+
+    Attributes:
+        source: folder of a checkpoint, or of one of its iterations.
+        destination: folder that ``--load`` will be given.
+        target: ``"flash"`` or ``"adam"``.
+        iteration: of the source; by default its latest.
+        flash: format of the new flash state.
+        repair: rebuild masters that are not those of the weights, see ``deviation.belongs``.
+        processes: that convert side by side.
+    """
+
+    source: Path
+    destination: Path
+    target: str
+    iteration: int | None = None
+    flash: FlashOptimConfig = field(default_factory=FlashOptimConfig)
+    repair: bool = False
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was done.
+
+    Attributes:
+        folder: the new iteration.
+        report: errors, and parameters that were repaired (``damaged``).
+        bytes_before, bytes_after: of all files of the iteration.
+        resumed: parts that an interrupted conversion had finished already.
+        parts: all of them.
+    """
+
+    folder: Path
+    report: Report
+    bytes_before: int
+    bytes_after: int
+    resumed: int
+    parts: int
+
+
+class Conversion:
+    """One conversion, planned when made; nothing is written before ``run``.
+
+    Args:
+        request: what to convert.
+
+    Raises:
+        ValueError: the source is none that can be converted, or the destination is taken.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.folder = open_folder(request.source, request.iteration)
+        self.recoding = Recoding(self.folder, request.target, request.flash)
+        self._check_request()
+        self.final = request.destination / self.folder.path.name
+        if self.final.exists():
+            raise ValueError(f"{self.final} is there already; remove it, or give another folder")
+        self._work = request.destination / f".converting-{self.folder.path.name}"
+        self._new = self._work / "checkpoint"
+        self._records = self._work / "records"
+        self.parts = list(self._parts())
+        self.layout = writer.plan_parts(
+            [[box for span in part for box in self.recoding.boxes(span)] for part in self.parts],
+            self._byte_strings(),
+        )
+
+    def _check_request(self) -> None:
+        request, folder = self.request, self.folder
+        check_files(folder.path)
+        if folder.sharding_type == metadata.DP_RESHARDABLE:
+            raise ValueError(
+                f"{folder.path} has the sharding type dp_reshardable, in which only a run of the "
+                "same layout knows which element is whose. --load it with --optimizer flash_adamw, "
+                "which converts it while loading; or have the run that saved it save once with "
+                "--dist-ckpt-optim-fully-reshardable and convert that"
+            )
+        self.recoding.check(repair=request.repair)
+
+    def _parts(self) -> Iterator[list[Any]]:
+        part: list[Any] = []
+        numel = 0
+        for span in self.recoding.spans():
+            if part and numel + span.numel > _PART:
+                yield part
+                part, numel = [], 0
+            part.append(span)
+            numel += span.numel
+        yield part
+
+    def _byte_strings(self) -> list[str]:
+        return self.folder.reader.byte_strings()
+
+    def bytes_of_result(self) -> int:
+        """Return about how many bytes the result has on disk."""
+        boxes = [box for part in self.parts for span in part for box in self.recoding.boxes(span)]
+        return sum(box.box.numel() * box.dtype.itemsize + _BYTES_PER_ITEM for box in boxes)
+
+    def boxes_of_key(self) -> dict[str, list[NewBox]]:
+        """Return what will be written, by key of the new checkpoint."""
+        found: dict[str, list[NewBox]] = {}
+        for part in self.parts:
+            for span in part:
+                for box in self.recoding.boxes(span):
+                    found.setdefault(box.key, []).append(box)
+        return found
+
+    def run(self, progress: Progress = lambda phase, done, total: None) -> Result:
+        """Convert, verify, and move the result into place.
+
+        Args:
+            progress: is told the phase, and how many of its elements are done.
+
+        Raises:
+            ValueError: masters that are not those of the weights without ``repair``; too little
+                disk space; an unfinished conversion of something else in the destination; a
+                file that was not written as it should be.
+        """
+        self._begin()
+        resumed = sum(self._record(number) is not None for number in range(len(self.parts)))
+        with workers.Pool(self._job(), self.request.processes) as pool:
+            damaged = self._damaged(pool, progress)
+            self._convert(pool, damaged, progress)
+            records = [self._record(number) for number in range(len(self.parts))]
+            finished = [record for record in records if record is not None]
+            assert len(finished) == len(records)
+            self._finish_folder(finished)
+            self._verify(pool, progress)
+        report = Report()
+        for record in finished:
+            report.add(record.report)
+        report.damaged = [chunk.name for chunk in damaged]
+        self._publish()
+        return Result(
+            folder=self.final,
+            report=report,
+            bytes_before=bytes_of(self.folder.path),
+            bytes_after=bytes_of(self.final),
+            resumed=resumed,
+            parts=len(self.parts),
+        )
+
+    def _begin(self) -> None:
+        """Make the working folder, or check that the one there is this conversion's."""
+        identity = self._identity()
+        path = self._work / "conversion.json"
+        if path.is_file():
+            if json.loads(path.read_text()) != identity:
+                raise ValueError(
+                    f"{self._work} holds an unfinished conversion of another checkpoint, with "
+                    "other options or of another release; remove it, or give another folder"
+                )
+            return
+        self._new.mkdir(parents=True, exist_ok=True)
+        self._records.mkdir(exist_ok=True)
+        needed, free = self.bytes_of_result(), shutil.disk_usage(self._work).free
+        if needed > free:
+            shutil.rmtree(self._work)
+            raise ValueError(
+                f"{self.request.destination} has {free / 1e9:.1f} GB free, the result needs "
+                f"{needed / 1e9:.1f} GB"
+            )
+        _write_safely(path, json.dumps(identity))
+
+    def _identity(self) -> dict[str, Any]:
+        from megatron_flashoptim import __version__
+
+        described = (self.folder.path / ".metadata").read_bytes()
+        return {
+            "source": str(self.folder.path.resolve()),
+            "source_metadata": hashlib.sha256(described).hexdigest(),
+            "target": self.request.target,
+            "flash": asdict(self.recoding.flash),
+            "repair": self.request.repair,
+            "release": __version__,
+        }
+
+    def _job(self) -> workers.Job:
+        return workers.Job(self.folder.path, self.request.target, self.recoding.flash)
+
+    def _record(self, number: int) -> writer.Record | None:
+        return writer.read_record(self._records, number)
+
+    def _damaged(self, pool: workers.Pool, progress: Progress) -> list[Chunk]:
+        """Return the chunks whose masters are not those of the weights.
+
+        Raises:
+            ValueError: there are some, and they are not to be repaired.
+        """
+        path = self._work / "damaged.json"
+        chunks = self.recoding.chunks_to_check()
+        if path.is_file():
+            numbers = json.loads(path.read_text())
+        else:
+            total = sum(chunk.box.numel() for chunk in chunks)
+            done, numbers = 0, []
+            for number, belongs in pool.check(chunks):
+                done += chunks[number].box.numel()
+                progress("checking", done, total)
+                if not belongs:
+                    numbers.append(number)
+            _write_safely(path, json.dumps(sorted(numbers)))
+        damaged = [chunks[number] for number in sorted(numbers)]
+        if damaged and not self.request.repair:
+            shutil.rmtree(self._work)
+            Report(damaged=[chunk.name for chunk in damaged]).check()
+        return damaged
+
+    def _convert(self, pool: workers.Pool, damaged: Sequence[Chunk], progress: Progress) -> None:
+        sizes = [sum(span.numel for span in part) for part in self.parts]
+        left = [n for n in range(len(self.parts)) if self._record(n) is None]
+        done = sum(sizes) - sum(sizes[number] for number in left)
+        progress("converting", done, sum(sizes))
+        common = common_state.as_bytes(self._common()) if self.has_common_key() else b""
+        tasks = [
+            workers.PartTask(
+                number,
+                self.layout.plans[number],
+                self.parts[number],
+                frozenset(damaged),
+                self._new,
+                self._records,
+                common if number == len(self.parts) - 1 else b"",
+            )
+            for number in left
+        ]
+        for numel in pool.write(tasks):
+            done += numel
+            progress("converting", done, sum(sizes))
+
+    def has_common_key(self) -> bool:
+        """Return whether the common state is one of the byte strings."""
+        return not common_state.is_file(self.folder)
+
+    def _common(self) -> dict[str, Any]:
+        if self.request.target == FLASH:
+            return common_state.of_flash(
+                self.folder, self.recoding.flash, self.recoding.described()
+            )
+        return common_state.of_adam(self.folder)
+
+    def _finish_folder(self, records: Sequence[writer.Record]) -> None:
+        """Write what is no part: torch's metadata, Megatron's files, and others of the source."""
+        writer.write_metadata(self._new, self.layout, records)
+        shutil.copy2(self.folder.path / "metadata.json", self._new / "metadata.json")
+        if not self.has_common_key():
+            common_state.write_file(self._new, self._common())
+        for other in self.folder.path.iterdir():
+            if other.name in _OWN_FILES or other.suffix == ".distcp":
+                continue
+            copied = self._new / other.name
+            if other.is_dir():
+                shutil.copytree(other, copied, dirs_exist_ok=True)
+            else:
+                shutil.copy2(other, copied)
+
+    def _verify(self, pool: workers.Pool, progress: Progress) -> None:
+        """Read everything back, through the metadata just written."""
+        check_files(self._new)
+        sizes = [sum(span.numel for span in part) for part in self.parts]
+        done = 0
+        for number in pool.verify(self._new, self._records, len(self.parts)):
+            done += sizes[number]
+            progress("verifying", done, sum(sizes))
+        written = open_folder(self._new)
+        if written.optimizer != self.request.target:
+            raise ValueError(
+                f"{self._new} was not written as a checkpoint of {self.request.target}"
+            )
+        if (self.folder.path / INTEGRITY_FNAME).is_file():
+            save_integrity_manifest(str(self._new))
+
+    def _publish(self) -> None:
+        """Move the finished iteration into place, then name it as the latest."""
+        self._new.rename(self.final)
+        tracker = self.request.destination / TRACKER
+        before = tracker.read_text().strip() if tracker.is_file() else ""
+        number = self.folder.iteration
+        if number is None:
+            _write_safely(tracker, "release")
+        elif not before.isdigit() or int(before) < number:
+            _write_safely(tracker, str(number))
+        shutil.rmtree(self._work)
+
+
+def bytes_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _write_safely(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

@@ -1,0 +1,273 @@
+"""What tensors of the other optimizer become of part of a checkpoint: shapes, and contents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from megatron_flashoptim.checkpoint import deviation, metadata
+from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.deviation import AT_ONCE, Report
+from megatron_flashoptim.checkpoint.folder import (
+    ADAM,
+    FLASH,
+    MASTER,
+    OLDER_MASTER,
+    WEIGHTS,
+    CheckpointFolder,
+)
+from megatron_flashoptim.checkpoint.model_space import PER_ELEMENT, PREFIX, in_groups
+from megatron_flashoptim.checkpoint.model_state import Chunk, ModelState, Span
+from megatron_flashoptim.checkpoint.writer import NewBox
+from megatron_flashoptim.codec import join_master, split_master
+from megatron_flashoptim.codec.master import correction_dtype
+from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ
+
+# Elements of a span: one box of each new tensor, in memory at once.
+SPAN = 1 << 22
+_ADAM_KINDS = {MASTER, OLDER_MASTER, EXP_AVG, EXP_AVG_SQ}
+_CODE_DTYPES = {EXP_AVG: torch.int8, EXP_AVG_SQ: torch.uint8}
+
+
+class Recoding:
+    """How the tensors of one checkpoint are recoded.
+
+    Args:
+        folder: the checkpoint.
+        target: ``"flash"`` or ``"adam"``.
+        flash: format of new flash state.
+    """
+
+    def __init__(self, folder: CheckpointFolder, target: str, flash: FlashOptimConfig) -> None:
+        self.target = target
+        self.state = ModelState(folder)
+        self._folder = folder
+        seed = folder.flash.get("seed", getattr(folder.common.get("args"), "seed", flash.seed))
+        self.flash = dataclasses.replace(flash, seed=seed)
+
+    def check(self, *, repair: bool) -> None:
+        """Refuse sources of which nothing would be converted, or not all.
+
+        Raises:
+            ValueError: says why, and what to do.
+        """
+        folder = self._folder
+        if folder.optimizer == WEIGHTS:
+            raise ValueError(
+                f"{folder.path} has weights and no optimizer state: there is nothing to convert, "
+                "and any run loads it as it is"
+            )
+        if folder.sharding_type not in (
+            metadata.FULLY_RESHARDABLE,
+            metadata.FULLY_SHARDED_MODEL_SPACE,
+        ):
+            raise ValueError(
+                f"{folder.path} has optimizer state of the sharding type {folder.sharding_type!r}, "
+                "which is not converted. Save it with --dist-ckpt-optim-fully-reshardable"
+            )
+        if folder.optimizer == FLASH:
+            self._check_flash(repair)
+            return
+        kinds = {kind for kinds in folder.state().values() for kind in kinds}
+        unknown = sorted(kinds - _ADAM_KINDS)
+        if unknown:
+            raise ValueError(
+                f"{folder.path} has the optimizer state {', '.join(unknown)}, which is not of "
+                "Megatron's Adam: it cannot be converted"
+            )
+        if self.target == ADAM and not repair:
+            raise ValueError(
+                f"{folder.path} is a checkpoint of Megatron's Adam already; with --repair, --to "
+                "adam mends masters that are not those of the weights"
+            )
+        without = sorted(set(folder.state()) - set(folder.weights()))
+        if without:
+            raise ValueError(
+                f"{folder.path} has optimizer state but no weight of {without[0]}: it is damaged"
+            )
+
+    def _check_flash(self, repair: bool) -> None:
+        described = self._folder.flash
+        if repair:
+            raise ValueError(
+                "--repair mends checkpoints of Megatron's Adam; in "
+                f"{self._folder.path}, of flash, the weights are the masters' high parts"
+            )
+        saved = FlashOptimConfig(
+            **{
+                **dataclasses.asdict(self.flash),
+                "master_bits": described.get("master_bits", 24),
+                "exp_avg_sq_code": described.get("exp_avg_sq_code", "sqrt"),
+                "master_rounding": "stochastic",
+            }
+        )
+        metadata.check(described, saved, described.get("weights", "bfloat16"))
+        wanted = (self.flash.master_bits, self.flash.exp_avg_sq_code)
+        if self.target == FLASH and wanted == (saved.master_bits, saved.exp_avg_sq_code):
+            raise ValueError(
+                f"{self._folder.path} is a flash checkpoint with {wanted[0]}-bit masters and the "
+                f"code {wanted[1]} already"
+            )
+
+    @cached_property
+    def weights_dtype(self) -> str:
+        """dtype of the weights that have optimizer state, as the metadata names it."""
+        tensors = self._folder.reader.tensors()
+        dtypes = {tensors[key].properties.dtype for key in self._folder.state()}
+        return "bfloat16" if torch.bfloat16 in dtypes else "float32"
+
+    @cached_property
+    def per_element(self) -> set[str]:
+        """Model keys whose scales are saved per element, because groups run over ends of rows."""
+        return {
+            key
+            for key in self._folder.state()
+            if not all(chunk.has_whole_groups() for chunk in self.state.chunks(key))
+        }
+
+    def described(self) -> dict[str, Any]:
+        """Return the description of the new flash state."""
+        described = metadata.describe(self.flash, self.weights_dtype)
+        return described | metadata.describe_groups(self.per_element)
+
+    def spans(self) -> Iterator[Span]:
+        """Yield all weights, cut into spans."""
+        for key in sorted(self._folder.weights()):
+            for chunk in self.state.chunks(key):
+                yield from chunk.cut(SPAN)
+
+    def chunks_to_check(self) -> list[Chunk]:
+        """Return what has masters that may not be those of the weights."""
+        if self._folder.optimizer == FLASH:
+            return []
+        return [chunk for key in sorted(self._folder.state()) for chunk in self.state.chunks(key)]
+
+    def belongs(self, chunk: Chunk) -> bool:
+        """Return whether a chunk's masters are those of its weights."""
+        return all(
+            deviation.belongs(self.state.master(span), self.state.weight(span))
+            for span in chunk.cut(SPAN)
+        )
+
+    def boxes(self, span: Span) -> list[NewBox]:
+        """Return the boxes that a span becomes, in the order of ``produce``."""
+        key = span.chunk.key
+        found = self._folder.reader.tensors()[key]
+        shape = tuple(found.size)
+        outputs = [(key, found.properties.dtype, False)]
+        if self.state.has_state(key):
+            outputs += self._outputs(key, found.properties.dtype)
+        return [
+            NewBox(name, dtype, in_groups(shape) if divided else shape, box)
+            for name, dtype, divided in outputs
+            for box, _ in span.boxes(divided_by_groups=divided)
+        ]
+
+    def _outputs(self, key: str, weight: torch.dtype) -> Iterator[tuple[str, torch.dtype, bool]]:
+        """Yield key, dtype and whether it is divided by 32 of each new tensor of state."""
+        moments = self.state.moments(key)
+        if self.target == ADAM:
+            for kind in (MASTER, *moments):
+                yield f"{PREFIX}.{kind}.{key}", torch.float32, False
+            return
+        correction = correction_dtype(self.flash.master_bits)
+        if weight == torch.bfloat16 and correction is not None:
+            yield f"{PREFIX}.{CORRECTION}.{key}", correction, False
+        for kind in moments:
+            yield f"{PREFIX}.{kind}.{key}", _CODE_DTYPES[kind], False
+            name = SCALE_OF[kind]
+            if key in self.per_element:
+                yield f"{PREFIX}.{name}_{PER_ELEMENT}.{key}", torch.bfloat16, False
+            else:
+                yield f"{PREFIX}.{name}.{key}", torch.bfloat16, True
+
+    def produce(
+        self, span: Span, damaged: Container[Chunk], report: Report
+    ) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
+        """Return the contents of a span's boxes, by key and offset.
+
+        Args:
+            span: what to recode.
+            damaged: chunks whose masters are to be made of the weights, and moments to be zero.
+            report: takes the errors in.
+        """
+        key = span.chunk.key
+        weight = self.state.weight(span)
+        if not self.state.has_state(key):
+            return self._in_boxes(span, {(key, False): weight})
+        mends = span.chunk in damaged
+        master = weight.to(torch.float32) if mends else self.state.master(span)
+        flat: dict[tuple[str, bool], torch.Tensor] = {}
+        if self.target == ADAM:
+            flat[key, False] = weight
+            flat[f"{PREFIX}.{MASTER}.{key}", False] = master
+        else:
+            flat.update(self._split(key, weight, master, report))
+        for kind in self.state.moments(key):
+            values = torch.zeros(span.numel) if mends else self.state.moment(span, kind)
+            if self.target == ADAM:
+                flat[f"{PREFIX}.{kind}.{key}", False] = values
+            else:
+                flat.update(self._encode(key, kind, values, report))
+        report.parameters += span.start == 0
+        report.elements += span.numel
+        return self._in_boxes(span, flat)
+
+    def _split(
+        self, key: str, weight: torch.Tensor, master: torch.Tensor, report: Report
+    ) -> dict[tuple[str, bool], torch.Tensor]:
+        if weight.dtype != torch.bfloat16:
+            return {(key, False): master.to(weight.dtype)}
+        dtype = correction_dtype(self.flash.master_bits)
+        high = torch.empty_like(weight)
+        correction = None if dtype is None else torch.empty(weight.shape, dtype=dtype)
+        for part in _slices(weight.numel()):
+            high[part], split = split_master(master[part], bits=self.flash.master_bits)
+            if correction is not None and split is not None:
+                correction[part] = split
+            stored = join_master(high[part], split)
+            report.deviations[MASTER].add(deviation.of_master(stored, master[part]))
+        found = {(key, False): high}
+        if correction is not None:
+            found[f"{PREFIX}.{CORRECTION}.{key}", False] = correction
+        return found
+
+    def _encode(
+        self, key: str, kind: str, values: torch.Tensor, report: Report
+    ) -> dict[tuple[str, bool], torch.Tensor]:
+        code = self.flash.exp_avg_sq_code
+        codes = torch.empty(values.shape, dtype=_CODE_DTYPES[kind])
+        scale = torch.empty(-(-values.numel() // GROUP_SIZE), dtype=torch.bfloat16)
+        for part in _slices(values.numel()):
+            groups = slice(part.start // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
+            codes[part], scale[groups] = encode_moment(kind, values[part], code=code)
+            stored = decode_moment(kind, codes[part], scale[groups], code=code)
+            report.deviations[kind].add(deviation.of_moment(stored, values[part]))
+        found = {(f"{PREFIX}.{kind}.{key}", False): codes}
+        name = f"{PREFIX}.{SCALE_OF[kind]}"
+        if key in self.per_element:
+            expanded = scale.repeat_interleave(GROUP_SIZE)[: values.numel()]
+            found[f"{name}_{PER_ELEMENT}.{key}", False] = expanded
+        else:
+            found[f"{name}.{key}", True] = scale
+        return found
+
+    def _in_boxes(
+        self, span: Span, flat: dict[tuple[str, bool], torch.Tensor]
+    ) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
+        return {
+            (name, whole.offset): span.view(tensor, local, divided_by_groups=divided).contiguous()
+            for (name, divided), tensor in flat.items()
+            for whole, local in span.boxes(divided_by_groups=divided)
+        }
+
+
+def _slices(numel: int) -> Iterator[slice]:
+    for start in range(0, numel, AT_ONCE):
+        yield slice(start, min(start + AT_ONCE, numel))

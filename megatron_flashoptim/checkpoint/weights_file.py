@@ -1,0 +1,264 @@
+"""Weights of a checkpoint as safetensors, in the keys and shapes of Megatron's checkpoints.
+
+A tensor may be larger than the memory, so files are laid out first and filled box by box. The
+format is a JSON header and the tensors' bytes behind it; the safetensors package reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
+from megatron_flashoptim.checkpoint.folder import WEIGHTS, CheckpointFolder, open_folder
+from megatron_flashoptim.checkpoint.model_state import ModelState, Span
+from megatron_flashoptim.checkpoint.recoding import SPAN
+from megatron_flashoptim.checkpoint.writer import content_hash
+
+# Bytes after which a new file begins; one tensor is in one file, however large.
+_FILE_BYTES = 5 * 10**9
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor goes.
+
+    Attributes:
+        key, dtype, shape: of the tensor.
+        file: name of its file.
+        start: its first byte in it.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    start: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A box of a tensor and the hash of what was written."""
+
+    tensor: Placed
+    box: Box
+    hash: int
+
+
+class WeightsExport:
+    """One export, planned when made.
+
+    Args:
+        source: folder of a checkpoint, or of one of its iterations.
+        destination: new folder.
+        dtype: of what is written: fp32 joins masters, bf16 takes the model weights.
+        iteration: of the source; by default its latest.
+
+    Raises:
+        ValueError: the source has no masters that can be read, or the destination is taken.
+    """
+
+    def __init__(
+        self, source: Path, destination: Path, dtype: torch.dtype, iteration: int | None = None
+    ) -> None:
+        self.folder: CheckpointFolder = open_folder(source, iteration)
+        self.destination = destination
+        self._dtype = dtype
+        self._state = ModelState(self.folder)
+        if dtype == torch.float32 and not self.folder.state():
+            what = (
+                "holds weights only"
+                if self.folder.optimizer == WEIGHTS
+                else f"has the sharding type {self.folder.sharding_type}, in which only a run of "
+                "the same layout knows which master is whose"
+            )
+            raise ValueError(f"{self.folder.path} {what}: give --dtype bf16 for the model weights")
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise ValueError(f"{destination} is there already; remove it, or give another folder")
+        self.tensors = self._placed()
+
+    def _placed(self) -> list[Placed]:
+        files: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+        used = 0
+        for key in sorted(self.folder.weights()):
+            found = self.folder.reader.tensors()[key]
+            dtype = (
+                self._dtype if found.properties.dtype.is_floating_point else found.properties.dtype
+            )
+            size = math.prod(found.size) * dtype.itemsize
+            if files[-1] and used + size > _FILE_BYTES:
+                files.append([])
+                used = 0
+            files[-1].append((key, dtype, tuple(found.size)))
+            used += size
+        placed = []
+        self._headers: dict[str, bytes] = {}
+        for number, tensors in enumerate(files, start=1):
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            header, starts = _header(tensors)
+            self._headers[name] = header
+            placed += [
+                Placed(*tensor, name, len(header) + start)
+                for tensor, start in zip(tensors, starts, strict=True)
+            ]
+        return placed
+
+    def numel(self) -> int:
+        """Return the number of elements of all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    def bytes_of_result(self) -> int:
+        """Return the bytes of all files but the index."""
+        data = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
+        return data + sum(len(header) for header in self._headers.values())
+
+    @torch.no_grad()
+    def run(self, progress: Callable[[str, int, int], None]) -> None:
+        """Write all files beside the destination, read them back, and move them into place.
+
+        Raises:
+            ValueError: too little disk space, or a file that reads otherwise than written.
+            ImportError: the safetensors package is missing.
+        """
+        import safetensors  # noqa: F401  (before hours of work, not after)
+
+        work = self.destination.with_name(f".converting-{self.destination.name}")
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        free = shutil.disk_usage(work).free
+        if self.bytes_of_result() > free:
+            work.rmdir()
+            raise ValueError(
+                f"{self.destination} has {free / 1e9:.1f} GB free, the result needs "
+                f"{self.bytes_of_result() / 1e9:.1f} GB"
+            )
+        _verify(work, self._write(work, progress), progress)
+        self._write_index(work)
+        if self.destination.exists():
+            self.destination.rmdir()
+        work.rename(self.destination)
+
+    def _write(self, work: Path, progress: Callable[[str, int, int], None]) -> list[_Written]:
+        for name, header in self._headers.items():
+            with open(work / name, "wb") as file:
+                file.write(header)
+                file.truncate(max(t.start + _bytes(t) for t in self.tensors if t.file == name))
+        written = []
+        done = 0
+        for tensor in self.tensors:
+            for span in self._spans(tensor.key):
+                values = self._values(span).to(tensor.dtype)
+                for whole, local in span.boxes():
+                    part = span.view(values, local).contiguous()
+                    _write_box(work / tensor.file, tensor, whole, part)
+                    written.append(_Written(tensor, whole, content_hash(part)))
+                done += span.numel
+                progress("converting", done, self.numel())
+        return written
+
+    def _spans(self, key: str) -> Iterator[Span]:
+        for chunk in self._state.chunks(key):
+            yield from chunk.cut(SPAN)
+
+    def _values(self, span: Span) -> torch.Tensor:
+        if self._dtype == torch.float32 and self._state.has_state(span.chunk.key):
+            return self._state.master(span)
+        return self._state.weight(span)
+
+    def _write_index(self, work: Path) -> None:
+        index = {
+            "metadata": {"total_size": sum(map(_bytes, self.tensors))},
+            "weight_map": {tensor.key: tensor.file for tensor in self.tensors},
+        }
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bytes(tensor: Placed) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _header(
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> tuple[bytes, list[int]]:
+    """Return the bytes in front of the tensors, and where each begins behind them."""
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = [], 0
+    for key, dtype, shape in tensors:
+        if dtype not in _NAMES:
+            raise ValueError(f"{key} is of {dtype}, which safetensors does not have")
+        starts.append(end)
+        end += math.prod(shape) * dtype.itemsize
+        described[key] = {
+            "dtype": _NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [starts[-1], end],
+        }
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, starts
+
+
+def _write_box(path: Path, tensor: Placed, box: Box, values: torch.Tensor) -> None:
+    """Write a box of a tensor to its places in the file."""
+    if not box.numel():
+        return
+    ends = tuple(a + b - 1 for a, b in zip(box.offset, box.shape, strict=True))
+    first, last = flat_number(box.offset, tensor.shape), flat_number(ends, tensor.shape)
+    begin = tensor.start + first * tensor.dtype.itemsize
+    page = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    size = begin - page + (last + 1 - first) * tensor.dtype.itemsize
+    with (
+        open(path, "r+b") as file,
+        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_WRITE, offset=page) as pages,
+    ):
+        flat = torch.frombuffer(
+            pages, dtype=tensor.dtype, count=last + 1 - first, offset=begin - page
+        )
+        view_of_box(flat, tensor.shape, first, box).copy_(values)
+        del flat  # the mapping is in use as long as a tensor is on it
+
+
+def _verify(work: Path, written: list[_Written], progress: Callable[[str, int, int], None]) -> None:
+    """Read all boxes back with the safetensors package.
+
+    Raises:
+        ValueError: names what reads otherwise.
+    """
+    from safetensors import safe_open
+
+    total = sum(each.box.numel() for each in written)
+    done = 0
+    for name in sorted({each.tensor.file for each in written}):
+        with safe_open(work / name, framework="pt") as file:
+            for each in written:
+                if each.tensor.file != name:
+                    continue
+                key, box = each.tensor.key, each.box
+                inside = tuple(slice(a, a + b) for a, b in zip(box.offset, box.shape, strict=True))
+                found = file.get_slice(key)[inside] if inside else file.get_tensor(key)
+                if content_hash(found) != each.hash:
+                    raise ValueError(f"{key} in {work / name} reads otherwise than written")
+                done += box.numel()
+                progress("verifying", done, total)

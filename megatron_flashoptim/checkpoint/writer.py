@@ -1,0 +1,204 @@
+"""Writing a ``torch_dist`` checkpoint part by part, with torch's own file format.
+
+A part is one file. What is in all parts is planned before any is written, so that parts can be
+written in any order, by several processes, and one by one again after an interruption: beside each
+finished part there is a record of what torch must know of it and of the hashes of its contents.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_flashoptim.checkpoint.boxes import Box
+from megatron_flashoptim.checkpoint.reader import CheckpointReader
+
+_RECORD = "part-{:06d}.record"
+
+
+@dataclass(frozen=True)
+class NewBox:
+    """A box of a tensor to be written.
+
+    Attributes:
+        key: of the tensor.
+        dtype, shape: of the tensor.
+        box: the part.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    box: Box
+
+    def item(self) -> WriteItem:
+        """Return it as torch's planner has it."""
+        chunk = ChunkStorageMetadata(torch.Size(self.box.offset), torch.Size(self.box.shape))
+        return WriteItem(
+            index=MetadataIndex(self.key, torch.Size(self.box.offset)),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk, TensorProperties(dtype=self.dtype), torch.Size(self.shape)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What goes into which part of a checkpoint.
+
+    Attributes:
+        plans: torch's plan of each part.
+        metadata: torch's, of the whole.
+    """
+
+    plans: Sequence[SavePlan]
+    metadata: Metadata
+
+
+def plan_parts(parts: Sequence[Sequence[NewBox]], byte_strings: Sequence[str]) -> Layout:
+    """Return the layout of a checkpoint; byte strings come after the boxes of the last part.
+
+    Raises:
+        ValueError: boxes overlap, or do not cover a tensor.
+    """
+    last = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in byte_strings]
+    plans = [SavePlan([box.item() for box in part]) for part in parts]
+    plans[-1].items.extend(last)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    try:
+        global_plans, metadata = planner.create_global_plan(plans)
+    except ValueError as problem:
+        raise ValueError(f"the tensors of the checkpoint are not whole: {problem}") from problem
+    # Every part is to torch what one rank saves.
+    return Layout(FileSystemWriter("").prepare_global_plan(global_plans), metadata)
+
+
+class _Producer(DefaultSavePlanner):
+    """Gives torch's writer each item when it asks for it, and hashes it."""
+
+    def __init__(self, produce: Callable[[MetadataIndex], torch.Tensor | bytes]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._produce = produce
+        self.hashes: dict[MetadataIndex, int] = {}
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """Return a tensor, or a byte string as a file."""
+        value = self._produce(write_item.index)
+        self.hashes[write_item.index] = content_hash(value)
+        return io.BytesIO(value) if isinstance(value, bytes) else value
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a part once it is on disk.
+
+    Attributes:
+        results: torch's, where each item is.
+        hashes: of the contents, by index.
+        report: of whoever produced the contents.
+    """
+
+    results: Any
+    hashes: Mapping[MetadataIndex, int]
+    report: Any
+
+
+def write_part(
+    folder: Path,
+    records: Path,
+    number: int,
+    plan: SavePlan,
+    produce: Callable[[MetadataIndex], torch.Tensor | bytes],
+    report: Any = None,
+) -> None:
+    """Write one part and its record to disk.
+
+    Args:
+        folder: of the checkpoint.
+        records: folder of the records.
+        number: of the part.
+        plan: of the part.
+        produce: returns the contents of an item; called once for each, in the plan's order but
+            for byte strings, which come first.
+        report: kept in the record; may change until the last item is produced.
+    """
+    producer = _Producer(produce)
+    writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
+    results = writer.write_data(plan, producer).wait()
+    record = Record(results, producer.hashes, report)
+    path = records / _RECORD.format(number)
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        pickle.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def read_record(records: Path, number: int) -> Record | None:
+    """Return the record of a part, or None where the part is not written."""
+    path = records / _RECORD.format(number)
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        found = pickle.load(file)
+    assert isinstance(found, Record)
+    return found
+
+
+def write_metadata(folder: Path, layout: Layout, records: Sequence[Record]) -> None:
+    """Write torch's ``.metadata`` of a folder whose parts are all written."""
+    writer = FileSystemWriter(folder, sync_files=True)
+    writer.finish(layout.metadata, [record.results for record in records])
+
+
+def verify_part(reader: CheckpointReader, record: Record) -> None:
+    """Read a part back and compare it with what was meant to be written.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    boxes: dict[str, dict[tuple[int, ...], Box]] = {}
+    for result in record.results:
+        index = result.index
+        if index.offset is None:
+            found: torch.Tensor | bytes = reader.read_bytes(index.fqn)
+        else:
+            if index.fqn not in boxes:
+                boxes[index.fqn] = {box.offset: box for box in reader.chunks(index.fqn)}
+            found = reader.read(index.fqn, boxes[index.fqn][tuple(index.offset)])
+        if content_hash(found) != record.hashes[index]:
+            raise ValueError(
+                f"{index.fqn} was not written as it should be in {reader.folder}: the disk or its "
+                "file system returned other bytes"
+            )
+
+
+def content_hash(value: torch.Tensor | bytes) -> int:
+    """Return the CRC-32 of a tensor's bytes, row-major, or of a byte string."""
+    if isinstance(value, bytes):
+        return zlib.crc32(value)
+    return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)

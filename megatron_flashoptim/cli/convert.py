@@ -1,0 +1,213 @@
+"""``megatron-flashoptim convert``: checkpoints of Megatron's Adam to flash and back, or weights."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_flashoptim.cli.command import Command, UsageError
+from megatron_flashoptim.cli.progress import Progress
+from megatron_flashoptim.codec.spec import EXP_AVG_SQ_CODES, MASTER_BITS, MasterBits
+
+if TYPE_CHECKING:
+    from megatron_flashoptim.checkpoint.offline import Conversion, Result
+
+_WEIGHTS = "weights"
+_SHOWN_REPAIRED = 20
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder of --save, or an iter_...")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder for the result")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("flash", "adam", _WEIGHTS),
+        help="flash: for --optimizer flash_adamw; adam: for Megatron's own; weights: safetensors",
+    )
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="of SRC (default: the latest it names)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done; read no tensor, write nothing",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="where masters are not those of the weights (a defect of stock's fully_reshardable "
+        "save), rebuild them from the weights and drop the moments of these parameters only",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="convert side by side; each takes about 1 GB of memory at most (default: 1)",
+    )
+    parser.add_argument(
+        "--master-bits",
+        type=int,
+        choices=MASTER_BITS,
+        help="with --to flash: as --flash-master-bits (default: 24)",
+    )
+    parser.add_argument(
+        "--exp-avg-sq-code",
+        choices=EXP_AVG_SQ_CODES,
+        help="with --to flash: as --flash-exp-avg-sq-code (default: sqrt)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="with --to weights: fp32 joins the master weights (default), bf16 takes the model's",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check(options)
+    if options.to == _WEIGHTS:
+        return _export(options)
+    from megatron_flashoptim.checkpoint.offline import Conversion, Request
+    from megatron_flashoptim.optim.config import FlashOptimConfig
+
+    bits: MasterBits = options.master_bits or 24
+    flash = FlashOptimConfig(
+        master_bits=bits,
+        master_rounding="stochastic" if bits == 16 else "nearest",
+        exp_avg_sq_code=options.exp_avg_sq_code or "sqrt",
+    )
+    conversion = Conversion(
+        Request(
+            source=options.source,
+            destination=options.destination,
+            target=options.to,
+            iteration=options.iteration,
+            flash=flash,
+            repair=options.repair,
+            processes=options.processes,
+        )
+    )
+    _print_source(conversion.folder)
+    if options.dry_run:
+        _print_plan(conversion)
+        return 0
+    started = time.monotonic()
+    with Progress() as progress:
+        result = conversion.run(progress)
+    _print_result(conversion, result, time.monotonic() - started)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not belong to the target.
+
+    Raises:
+        UsageError: names the option.
+    """
+    belongs = {
+        "--master-bits": ("flash", options.master_bits),
+        "--exp-avg-sq-code": ("flash", options.exp_avg_sq_code),
+        "--dtype": (_WEIGHTS, options.dtype),
+    }
+    for flag, (target, value) in belongs.items():
+        if value is not None and options.to != target:
+            raise UsageError(f"{flag} {value} belongs to --to {target}, not to --to {options.to}")
+    if options.to == _WEIGHTS and options.repair:
+        raise UsageError("--repair belongs to --to flash and --to adam")
+    if options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: at least 1")
+
+
+def _print_source(folder: Any) -> None:
+    args = folder.common.get("args")
+    world = f", saved by {args.world_size} ranks" if hasattr(args, "world_size") else ""
+    kind = {"adam": "Megatron's Adam", "flash": "flash", "weights": "weights only"}
+    print(f"{folder.path}: {kind[folder.optimizer]}, {folder.sharding_type or 'no state'}{world}")
+
+
+def _print_plan(conversion: Conversion) -> None:
+    """Print each tensor of the result."""
+    from megatron_flashoptim.checkpoint.offline import bytes_of
+
+    for key, boxes in conversion.boxes_of_key().items():
+        first = boxes[0]
+        shape = "x".join(map(str, first.shape)) or "scalar"
+        size = sum(box.box.numel() for box in boxes) * first.dtype.itemsize
+        dtype = str(first.dtype).removeprefix("torch.")
+        print(f"  {size / 1e6:12.3f} MB  {dtype:8}  {shape:20}  {key}")
+    before, after = bytes_of(conversion.folder.path), conversion.bytes_of_result()
+    print(
+        f"{conversion.final} would have about {_size(after)} in {len(conversion.parts)} parts, of "
+        f"{_size(before)} now ({after / before:.2f}); nothing was written"
+    )
+
+
+def _print_result(conversion: Conversion, result: Result, seconds: float) -> None:
+    if result.resumed:
+        print(f"{result.resumed} of {result.parts} parts were there from an interrupted conversion")
+    report = result.report
+    if report.damaged:
+        shown = report.damaged[:_SHOWN_REPAIRED]
+        more = len(report.damaged) - len(shown)
+        print(
+            f"repaired {len(report.damaged)} parameters, masters from weights, moments zero: "
+            + ", ".join(shown)
+            + (f" and {more} more" if more else "")
+        )
+    if conversion.request.target == "flash":
+        print(report.text())
+    else:
+        print(f"{report.elements} elements in {report.parameters} parameters, decoded exactly")
+    print(
+        f"{result.folder}: {_size(result.bytes_after)}, from {_size(result.bytes_before)} "
+        f"({result.bytes_after / result.bytes_before:.2f}), written and verified in {seconds:.1f} s"
+    )
+    print(f"load it with --load {result.folder.parent}")
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_flashoptim.checkpoint.weights_file import WeightsExport
+
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    export = WeightsExport(options.source, options.destination, dtype, options.iteration)
+    _print_source(export.folder)
+    if options.dry_run:
+        for tensor in export.tensors:
+            print(f"  {tensor.file}  {'x'.join(map(str, tensor.shape)):20}  {tensor.key}")
+        size = _size(export.bytes_of_result())
+        print(f"{options.destination} would have {size}; nothing was written")
+        return 0
+    started = time.monotonic()
+    with Progress() as progress:
+        export.run(progress)
+    print(
+        f"{options.destination}: {len(export.tensors)} tensors, {_size(export.bytes_of_result())}, "
+        f"written and verified in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+COMMAND = Command(
+    name="convert",
+    summary="checkpoints of Megatron's Adam to flash and back, or weights as safetensors",
+    description="Convert a torch_dist checkpoint on one machine, without a GPU and without\n"
+    "torchrun. SRC is never touched; DST/iter_... appears when everything is written and read\n"
+    "back. After an interruption the same command goes on where it was.",
+    examples=(
+        "convert --to flash checkpoints/adam checkpoints/flash",
+        "convert --to adam --iteration 5000 checkpoints/flash checkpoints/adam",
+        "convert --to flash --repair --processes 16 checkpoints/adam checkpoints/flash",
+        "convert --to weights --dtype bf16 checkpoints/flash weights",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)
