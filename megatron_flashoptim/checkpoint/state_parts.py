@@ -127,7 +127,7 @@ class Part:
 
     def scales_per_element(self, moment: str) -> bool:
         """Return whether flash state has a scale for each element instead of each group."""
-        return SCALE_OF[moment] + PER_ELEMENT in self.keys[SCALE_OF[moment]]
+        return f"{SCALE_OF[moment]}_{PER_ELEMENT}" in self.keys[SCALE_OF[moment]]
 
     def values(self, kind: str, start: int, end: int) -> torch.Tensor:
         """Return elements as fp32, decoded where they are codes; corrections as whole numbers.
@@ -176,7 +176,7 @@ def parts(folder: CheckpointFolder) -> list[Part]:
     found = []
     for key in sorted({*weights, *state}):
         saved = {_kind(kind, folder.optimizer): name for kind, name in state.get(key, {}).items()}
-        keys = {kind.removesuffix(PER_ELEMENT): name for kind, name in saved.items()}
+        keys = {kind.removesuffix(f"_{PER_ELEMENT}"): name for kind, name in saved.items()}
         if key in weights:
             keys[WEIGHT] = key
         found += list(_layers(key, keys, common))
