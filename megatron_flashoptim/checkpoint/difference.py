@@ -6,13 +6,14 @@ each other, as long as they are in model space. Buckets compare with the same bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.checkpoint.metadata import DP_RESHARDABLE
+from megatron_flashoptim.checkpoint.side_by_side import Ranges, Tell, each_unit
 from megatron_flashoptim.checkpoint.state_parts import KINDS, Part, parts
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ
@@ -94,34 +95,41 @@ class Comparison:
 def compare(
     first: CheckpointFolder,
     second: CheckpointFolder,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Tell = lambda *_: None,
+    *,
+    processes: int = 1,
 ) -> Comparison:
     """Read two checkpoints and return how they differ.
+
+    Args:
+        first, second: the checkpoints.
+        progress: told what is done, elements done and all elements.
+        processes: how many read side by side; 1 is this one.
 
     Raises:
         ValueError: the state of one is in buckets and that of the other is not, or in other
             buckets; or a tensor has another shape in each.
     """
     check_comparable(first, second)
-    comparison = Comparison(first, second)
-    others = {(part.name, part.index): part for part in parts(second)}
     mine = parts(first)
-    total, done = sum(part.elements for part in mine), 0
-    for part in mine:
-        progress("comparing", done, total)
-        done += part.elements
+    others = {(part.name, part.index): part for part in parts(second)}
+    found: list[dict[str, Difference]] = [{} for _ in mine]
+    tell = partial(progress, "comparing")
+    for number, differences in each_unit(difference, [first, second], mine, processes, tell):
+        for kind, each in differences.items():
+            found[number].setdefault(kind, Difference(kind)).add(each)
+    comparison = Comparison(first, second)
+    for part, differences in zip(mine, found, strict=True):
         other = others.pop((part.name, part.index), None)
         if other is None:
             comparison.only[0].append(part.label)
             continue
-        kinds = [kind for kind in KINDS if kind in part.kinds() and kind in other.kinds()]
         for one, two, only in ((part, other, 0), (other, part, 1)):
             comparison.only[only].extend(
                 f"{part.label} {kind}" for kind in one.kinds() if kind not in two.kinds()
             )
-        comparison.parts.append((part, {kind: difference(part, other, kind) for kind in kinds}))
+        comparison.parts.append((part, differences))
     comparison.only[1].extend(part.label for part in others.values())
-    progress("comparing", total, total)
     return comparison
 
 
@@ -144,23 +152,27 @@ def check_comparable(first: CheckpointFolder, second: CheckpointFolder) -> None:
 
 
 @torch.no_grad()
-def difference(part: Part, other: Part, kind: str) -> Difference:
-    """Return how far a kind of state of a part is from that of another.
+def difference(ranges: Ranges, part: Part, other: Part | None) -> dict[str, Difference]:
+    """Return how far some ranges of a part are from those of another, by kind.
 
     Raises:
         ValueError: the parts have different numbers of elements.
     """
+    if other is None:
+        return {}
     if not _in_buckets(part) and part.elements != other.elements:
         raise ValueError(
             f"{part.label} has {part.elements} elements in one checkpoint and {other.elements} in "
             "the other: they are of different models, or their vocabularies are padded differently "
             "(--make-vocab-size-divisible-by and the tensor parallel size)"
         )
-    found = Difference(kind)
-    for start, end in part.ranges():
+    kinds = [kind for kind in KINDS if kind in part.kinds() and kind in other.kinds()]
+    found = {kind: Difference(kind) for kind in kinds}
+    for start, end in ranges:
         for begin, stop in _common(other, start, end):
-            a, b = (each.values(kind, begin, stop) for each in (part, other))
-            _add(found, a, b, kind)
+            for kind in kinds:
+                a, b = (each.values(kind, begin, stop) for each in (part, other))
+                _add(found[kind], a, b, kind)
     return found
 
 

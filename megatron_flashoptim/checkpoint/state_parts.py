@@ -40,6 +40,9 @@ KINDS = (WEIGHT, MASTER, CORRECTION, EXP_AVG, EXP_AVG_SQ)
 # Elements read at once, whole groups; the codec's temporary tensors are some 100 bytes each.
 AT_ONCE = 1 << 19
 
+# Elements to whose multiples Megatron pads the starts of parameters in a bucket.
+_ALIGNMENT = 64
+
 _LAYER = re.compile(r"(?P<before>(?:.*?\.)?layers)\.(?P<number>\d+)\.(?P<after>.*)")
 _STACKED = re.compile(r"(?P<before>(?:.*?\.)?layers)\.(?P<after>.*)")
 _BUCKET = re.compile(
@@ -229,9 +232,15 @@ def _kind(name: str, optimizer: str) -> str:
 
 
 def _merged(chunks: list[Box]) -> tuple[tuple[int, int], ...]:
-    """Return the ranges that flat chunks cover; where they meet, a range goes on."""
+    """Return the ranges that flat chunks cover; where they meet, a range goes on.
+
+    Megatron's Adam saves what lies behind a parameter up to the next multiple of 64 as chunks of
+    their own, of uninitialized memory. They are left out: parameters begin at such multiples.
+    """
     spans: list[tuple[int, int]] = []
     for start, size in sorted((chunk.offset[0], chunk.shape[0]) for chunk in chunks):
+        if start % _ALIGNMENT and start // _ALIGNMENT == (start + size - 1) // _ALIGNMENT:
+            continue
         if spans and spans[-1][1] == start:
             spans[-1] = (spans[-1][0], start + size)
         elif size:

@@ -24,15 +24,16 @@ error of one rounding to nearest; stochastic rounding makes the square twice as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, encode_moment
 from megatron_flashoptim.checkpoint.deviation import belongs
-from megatron_flashoptim.checkpoint.folder import ADAM, CheckpointFolder
+from megatron_flashoptim.checkpoint.folder import CheckpointFolder
+from megatron_flashoptim.checkpoint.side_by_side import Ranges, Tell, each_unit
 from megatron_flashoptim.checkpoint.state_parts import MASTER, WEIGHT, Part, decode, parts
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import (
@@ -182,44 +183,50 @@ class Inspection:
 
 
 def inspect(
-    folder: CheckpointFolder, progress: Callable[[str, int, int], None] = lambda *_: None
+    folder: CheckpointFolder, progress: Tell = lambda *_: None, *, processes: int = 1
 ) -> Inspection:
     """Read a whole checkpoint and return its statistics.
 
     Args:
         folder: the checkpoint.
         progress: told what is done, elements done and all elements.
+        processes: how many read side by side; 1 is this one.
 
     Raises:
         ValueError: the checkpoint is damaged; says which file or tensor.
     """
-    inspection = Inspection(folder)
     every = parts(folder)
-    total, done = sum(part.elements for part in every), 0
-    for part in every:
-        progress("reading", done, total)
-        statistics, is_of_weight = part_statistics(part, adam=folder.optimizer == ADAM)
-        inspection.parts.append((part, statistics))
-        inspection.checked += is_of_weight is not None
-        if is_of_weight is False:
-            inspection.not_of_weights.append(part.label)
-        done += part.elements
-    progress("reading", total, total)
-    return inspection
+    found: list[dict[str, Statistics]] = [
+        {kind: Statistics(kind) for kind in part.kinds()} for part in every
+    ]
+    belong: dict[int, bool] = {}
+    tell = partial(progress, "reading")
+    for number, (statistics, is_of_weight) in each_unit(
+        statistics_of, [folder], every, processes, tell
+    ):
+        for kind, each in statistics.items():
+            found[number][kind].add(each)
+        if is_of_weight is not None:
+            belong[number] = belong.get(number, True) and is_of_weight
+    return Inspection(
+        folder,
+        list(zip(every, found, strict=True)),
+        [every[number].label for number, is_of_weight in belong.items() if not is_of_weight],
+        len(belong),
+    )
 
 
 @torch.no_grad()
-def part_statistics(part: Part, *, adam: bool) -> tuple[dict[str, Statistics], bool | None]:
-    """Return statistics by kind, and whether fp32 masters belong to the weights.
+def statistics_of(ranges: Ranges, part: Part) -> tuple[dict[str, Statistics], bool | None]:
+    """Return statistics by kind of some ranges of a part, and whether masters are the weights'.
 
-    Args:
-        part: what to read.
-        adam: whether its state is that of Megatron's Adam; the second value is else None.
+    The second is None where there is nothing to check: of flash state the weights are the masters'
+    high part.
     """
     found = {kind: Statistics(kind) for kind in part.kinds()}
     is_of_weight: bool | None = None
-    check = adam and {WEIGHT, MASTER} <= set(found)
-    for start, end in part.ranges():
+    check = not part.flash and {WEIGHT, MASTER} <= set(found)
+    for start, end in ranges:
         for kind, statistics in found.items():
             values = part.values(kind, start, end)
             _add_values(statistics, values)
@@ -249,7 +256,7 @@ def _add_values(statistics: Statistics, values: torch.Tensor) -> None:
     seen = values
     if statistics.kind == EXP_AVG_SQ:
         seen = values.abs().sqrt()
-        statistics.reference += float(exact.sum())
+        statistics.reference += float(exact.clamp(min=0).sum())
     else:
         statistics.reference += squares
     exponents = (seen.contiguous().view(torch.int32) >> 23) & 0xFF

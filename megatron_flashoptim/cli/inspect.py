@@ -41,6 +41,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to draw the distributions, .html or .png (default: CKPT-inspect.html here)",
     )
     parser.add_argument("--no-report", action="store_true", help="draw nothing")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="read side by side (default: 1)"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
 
 
@@ -48,6 +51,8 @@ def _run(options: argparse.Namespace) -> None:
     report = _report_file(options)
     if options.against_iteration is not None and options.against is None:
         raise UsageError("--against-iteration needs --against")
+    if options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: at least 1")
     for name in (report, options.json):
         if name is not None and not Path(name).absolute().parent.is_dir():
             raise UsageError(f"{Path(name).absolute().parent} for {name} is no folder; make it")
@@ -68,10 +73,13 @@ def _run(options: argparse.Namespace) -> None:
     print("\n".join([*inspect_tables.description(fields), "", *inspect_tables.byte_table(sizes)]))
     sys.stdout.flush()
 
+    comparison = None
     with Progress() as progress:
         told_if_large = _if_large(progress)
-        inspection = inspect(folder, told_if_large)
-        comparison = None if other is None else compare(folder, other, told_if_large)
+        processes = options.processes
+        inspection = inspect(folder, told_if_large, processes=processes)
+        if other is not None:
+            comparison = compare(folder, other, told_if_large, processes=processes)
     print("\n".join(inspect_tables.statistics_tables(inspection, layers=options.layers)))
     if told := inspect_tables.findings(inspection):
         print("\n" + "\n".join(told))

@@ -267,6 +267,12 @@ def test_against_itself_nothing_differs_and_adam_differs_from_flash(saved: Saved
         assert found["largest"] == pytest.approx(largest, rel=1e-6)
 
 
+def test_processes_side_by_side_find_the_same(saved: Saved) -> None:
+    name, other = f"adam_{FULLY}", str(saved.folder / f"flash_{FULLY}")
+    alone = saved.inspected(name, "--against", other)
+    assert saved.inspected(name, "--against", other, "--processes", "2") == alone
+
+
 def test_layouts_compare_and_buckets_compare_with_buckets(saved: Saved) -> None:
     older = str(saved.folder / "older")
     found = saved.inspected(f"adam_{FULLY}", "--against", older)["against"]
