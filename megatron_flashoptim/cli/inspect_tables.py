@@ -181,7 +181,8 @@ def comparison_tables(comparison: Comparison, *, layers: bool) -> list[str]:
         families = comparison.families(kind)
         if not families:
             continue
-        header = ("layers", "differ %", "mean median", "max", "at", "largest", "at")
+        along = "buckets" if next(iter(families)).endswith("bucket_idx_*") else "layers"
+        header = (along, "differ %", "mean median", "max", "at", "largest", "at")
         table: list[tuple[str, ...]] = [(title, *header)]
         for name, family in families.items():
             table.append((_short(name), *_difference_row(family)))
