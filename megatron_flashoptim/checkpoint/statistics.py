@@ -173,6 +173,10 @@ class Inspection:
                 found.setdefault(part.name, []).append((part, statistics[kind]))
         return found
 
+    def has_masters_of_weights(self) -> bool:
+        """Return whether masters are known by tensor, so that weights say nothing more."""
+        return any({WEIGHT, MASTER} <= set(statistics) for _, statistics in self.parts)
+
     def total(self, kind: str) -> Statistics:
         """Return the statistics of a kind over all parts."""
         total = Statistics(kind)

@@ -64,7 +64,7 @@ def byte_table(rows: Iterable[Bytes]) -> list[str]:
 def statistics_tables(inspection: Inspection, *, layers: bool) -> list[str]:
     """Return a table for each kind of state: a line per tensor, or per layer of it."""
     kinds = [kind for kind in TITLES if inspection.families(kind)]
-    if "master" in kinds:
+    if inspection.has_masters_of_weights():
         kinds.remove("weight")
     lines: list[str] = []
     for kind in kinds:

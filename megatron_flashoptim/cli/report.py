@@ -88,7 +88,7 @@ def _drawings(
 ) -> list[tuple[float, Callable[[Any], None]]]:
     """Return height in inches and the function that draws, of each picture."""
     kinds = [kind for kind in TITLES if inspection.families(kind)]
-    if "master" in kinds:
+    if inspection.has_masters_of_weights():
         kinds.remove("weight")
     drawings: list[tuple[float, Callable[[Any], None]]] = []
     for kind in kinds:
