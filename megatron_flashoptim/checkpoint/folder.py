@@ -6,10 +6,12 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flashoptim.checkpoint import metadata
 from megatron_flashoptim.checkpoint.model_space import PREFIX
@@ -25,6 +27,16 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 MASTER = "param"
 OLDER_MASTER = "fp32_param"
 _IN_MODEL_SPACE = re.compile(rf"(?:chained_\d+\.)?{re.escape(PREFIX)}\.(?P<kind>\w+?)\.(?P<key>.+)")
+# What reading a damaged or foreign file raises; torch's own is not even an Exception.
+UNREADABLE = (
+    CheckpointException,
+    CheckpointingException,
+    UnpicklingError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+)
 _IN_BUCKETS = "optimizer.distributed.dp_group_idx_"
 
 
@@ -96,7 +108,7 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
         )
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; give what --save or --load was given")
-    if _ITERATION.fullmatch(path.name) or path.name == "release" or (path / ".metadata").is_file():
+    if _is_iteration(path):
         if iteration is not None and _number(path) != iteration:
             raise ValueError(
                 f"{path} is one iteration; drop --iteration {iteration}, or give {path.parent}"
@@ -113,7 +125,11 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
                 + (f"; it has {', '.join(there)}: give one of these" if there else "")
             )
         latest = tracker.read_text().strip()
-        name = "release" if latest == "release" else f"iter_{int(latest):07d}"
+        if not latest.isdecimal() and latest != "release":
+            raise ValueError(
+                f"{tracker} holds {latest!r} instead of an iteration; give the folder of one"
+            )
+        name = f"iter_{int(latest):07d}" if latest.isdecimal() else latest
     if not (path / name).is_dir():
         raise ValueError(f"{path} has no {name}; it has {', '.join(there) or 'no iterations'}")
     return path / name
@@ -131,16 +147,35 @@ def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFol
     folder = iteration_folder(path, iteration)
     check_format(folder)
     reader = CheckpointReader(folder)
-    with warnings.catch_warnings():
-        # That there is no process group, which is what is wanted.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        common = load_common_state_dict(str(folder))
+    common = load_common(folder)
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
     number = _number(folder)
     if number is None and folder.name != "release":  # copied to a folder of another name
         number = common.get("iteration")
     return CheckpointFolder(folder, number, reader, common, optimizer, sharding_type)
+
+
+def load_common(folder: Path) -> dict[str, Any]:
+    """Return Megatron's state that is the same on all ranks.
+
+    Megatron has registered the classes that may be loaded; nothing else is unpickled.
+
+    Raises:
+        ValueError: it cannot be read; says why.
+    """
+    try:
+        with warnings.catch_warnings():
+            # That there is no process group, which is what is wanted.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            found: dict[str, Any] = load_common_state_dict(str(folder))
+    except UNREADABLE as problem:
+        first = next(iter(str(problem).splitlines()), "") or type(problem).__name__
+        raise ValueError(
+            f"the common state of the checkpoint in {folder} cannot be read ({first}); the files "
+            "may be damaged, or hold classes that Megatron does not list as safe to load"
+        ) from problem
+    return found
 
 
 def check_format(folder: Path) -> None:
@@ -167,6 +202,16 @@ def check_format(folder: Path) -> None:
             f"{folder} has the format {backend or 'of torch.distributed.checkpoint alone'}; only "
             "torch_dist can be read (--ckpt-format torch_dist)"
         )
+
+
+def _is_iteration(path: Path) -> bool:
+    """Return whether a folder is that of one iteration, by its name or by what is in it."""
+    return (
+        bool(_ITERATION.fullmatch(path.name))
+        or path.name == "release"
+        or (path / ".metadata").is_file()
+        or any(path.glob("mp_rank_*"))
+    )
 
 
 def _number(folder: Path) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_flashoptim.checkpoint import common_state, writer
+from megatron_flashoptim.checkpoint import common_state, quiet, writer
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.folder import open_folder
 from megatron_flashoptim.checkpoint.model_state import Chunk, Span
@@ -75,8 +75,7 @@ class Pool:
             self._executor = ProcessPoolExecutor(
                 processes,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=torch.set_num_threads,
-                initargs=(1,),
+                initializer=quiet.start,
             )
 
     def __enter__(self) -> Pool:

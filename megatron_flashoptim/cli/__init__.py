@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_flashoptim import __version__
-from megatron_flashoptim.cli import command, convert, memory
+from megatron_flashoptim.cli import command, convert, inspect, memory
 
-COMMANDS = (memory.COMMAND, convert.COMMAND)
+COMMANDS = (memory.COMMAND, convert.COMMAND, inspect.COMMAND)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,244 @@
+"""``megatron-flashoptim inspect``: what is in a checkpoint, layer by layer, and how good it is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_flashoptim.cli.command import Command, UsageError
+from megatron_flashoptim.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from megatron_flashoptim.checkpoint.description import Bytes
+    from megatron_flashoptim.checkpoint.difference import Comparison
+    from megatron_flashoptim.checkpoint.folder import CheckpointFolder
+    from megatron_flashoptim.checkpoint.statistics import Inspection, Statistics
+
+REPORTS = (".html", ".png")
+INSTALL = "pip install 'megatron-flashoptim[inspect]'"
+# Elements above which reading takes long enough to say how far it is.
+_LARGE = 20_000_000
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="folder given to --save, or iter_N in it"
+    )
+    parser.add_argument("--iteration", type=int, help="which one (default: the latest)")
+    parser.add_argument("--against", metavar="OTHER", help="another checkpoint to compare with")
+    parser.add_argument("--against-iteration", type=int, help="which one of OTHER")
+    parser.add_argument("--layers", action="store_true", help="a line for every layer")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="where to draw the distributions, .html or .png (default: CKPT-inspect.html here)",
+    )
+    parser.add_argument("--no-report", action="store_true", help="draw nothing")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="read side by side (default: 1)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+
+
+def _run(options: argparse.Namespace) -> None:
+    report = _report_file(options)
+    if options.against_iteration is not None and options.against is None:
+        raise UsageError("--against-iteration needs --against")
+    if options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: at least 1")
+    for name in (report, options.json):
+        if name is not None and not Path(name).absolute().parent.is_dir():
+            raise UsageError(f"{Path(name).absolute().parent} for {name} is no folder; make it")
+
+    from megatron_flashoptim.checkpoint.description import bytes_by_kind, describe
+    from megatron_flashoptim.checkpoint.difference import check_comparable, compare
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.statistics import inspect
+    from megatron_flashoptim.cli import inspect_tables
+
+    folder = open_folder(options.checkpoint, options.iteration)
+    other = None
+    if options.against is not None:
+        other = open_folder(options.against, options.against_iteration)
+        check_comparable(folder, other)
+    fields, sizes = describe(folder), bytes_by_kind(folder)
+    print(folder.path)
+    print("\n".join([*inspect_tables.description(fields), "", *inspect_tables.byte_table(sizes)]))
+    sys.stdout.flush()
+
+    comparison = None
+    with Progress() as progress:
+        told_if_large = _if_large(progress)
+        processes = options.processes
+        inspection = inspect(folder, told_if_large, processes=processes)
+        if other is not None:
+            comparison = compare(folder, other, told_if_large, processes=processes)
+    print("\n".join(inspect_tables.statistics_tables(inspection, layers=options.layers)))
+    if told := inspect_tables.findings(inspection):
+        print("\n" + "\n".join(told))
+    if comparison is not None and other is not None:
+        print(f"\n{folder.path}\nagainst {other.path}")
+        print("\n".join(inspect_tables.described_beside(fields, describe(other))))
+        print("\n".join(inspect_tables.comparison_tables(comparison, layers=options.layers)))
+    if options.json is not None:
+        found = as_json(inspection, fields, sizes, comparison)
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"\nwritten: {options.json}")
+    if report is not None:
+        from megatron_flashoptim.cli import report as drawing
+
+        tables = [*inspect_tables.byte_table(sizes)]
+        tables += inspect_tables.statistics_tables(inspection, layers=False)
+        every_layer = inspect_tables.statistics_tables(inspection, layers=True)
+        if comparison is not None:
+            tables += ["", f"against {comparison.second.path}"]
+            tables += inspect_tables.comparison_tables(comparison, layers=False)
+            every_layer += inspect_tables.comparison_tables(comparison, layers=True)
+        text = drawing.Text(str(folder.path), fields, tables, every_layer, told)
+        drawing.write(report, inspection, comparison, text)
+        print(f"\nwritten: {report}")
+
+
+def _report_file(options: argparse.Namespace) -> Path | None:
+    """Return where the report goes, None where none can or shall be written."""
+    if options.report is not None and options.no_report:
+        raise UsageError("--report and --no-report exclude each other; give one")
+    if options.no_report:
+        return None
+    drawable = importlib.util.find_spec("matplotlib") is not None
+    if options.report is None:
+        if not drawable:
+            print(f"no report: matplotlib is missing; {INSTALL}, or --no-report", file=sys.stderr)
+            return None
+        path = Path(os.path.normpath(options.checkpoint)).absolute()
+        return Path(f"{path.name}-inspect.html")
+    if Path(options.report).suffix not in REPORTS:
+        raise UsageError(f"--report must end in {' or '.join(REPORTS)}, got {options.report}")
+    if not drawable:
+        # No ModuleNotFoundError: it would be told to install more than is needed.
+        raise ImportError(f"--report needs matplotlib, which is missing; {INSTALL}")
+    return Path(options.report)
+
+
+def _if_large(progress: Progress) -> Callable[[str, int, int], None]:
+    """Return a progress that says nothing while a small checkpoint is read."""
+
+    def tell(phase: str, done: int, total: int) -> None:
+        if total >= _LARGE:
+            progress(phase, done, total)
+
+    return tell
+
+
+def as_json(
+    inspection: Inspection,
+    fields: dict[str, str],
+    sizes: list[Bytes],
+    comparison: Comparison | None,
+) -> dict[str, Any]:
+    """Return everything as plain values; numbers that JSON lacks (Inf, NaN) are None."""
+    folder: CheckpointFolder = inspection.folder
+    found: dict[str, Any] = {
+        "checkpoint": str(folder.path),
+        "optimizer": folder.optimizer,
+        "sharding_type": folder.sharding_type,
+        "description": fields,
+        "flashoptim": folder.flash,
+        "bytes": [vars(row) for row in sizes],
+        "masters_checked": inspection.checked,
+        "masters_not_of_weights": inspection.not_of_weights,
+        "parts": [
+            {
+                "name": part.name,
+                "index": part.index,
+                **{kind: statistics_json(each) for kind, each in statistics.items()},
+            }
+            for part, statistics in inspection.parts
+        ],
+    }
+    if comparison is not None:
+        found["against"] = {
+            "checkpoint": str(comparison.second.path),
+            "only_first": comparison.only[0],
+            "only_second": comparison.only[1],
+            "parts": [
+                {
+                    "name": part.name,
+                    "index": part.index,
+                    **{
+                        kind: {
+                            "elements": each.elements,
+                            "differing": each.differing,
+                            "mean": _finite(each.mean),
+                            "largest": _finite(each.largest),
+                        }
+                        for kind, each in differences.items()
+                    },
+                }
+                for part, differences in comparison.parts
+            ],
+        }
+    return found
+
+
+def statistics_json(each: Statistics) -> dict[str, Any]:
+    """Return the statistics of one kind of a part as plain values."""
+    found: dict[str, Any] = {
+        "elements": each.elements,
+        "nonfinite": each.nonfinite,
+        "norm": _finite(each.norm),
+        "largest": _finite(each.largest),
+        "relative_error": each.relative_error,
+        "binades": each.binades.tolist(),
+    }
+    if each.codes is not None:
+        found |= {
+            "saturated": each.saturated,
+            "zero": each.zero,
+            "minimum": each.minimum,
+            "codes": each.codes.tolist(),
+        }
+    if each.scale_binades is not None:
+        found |= {
+            "scales": each.scales,
+            "zero_scales": each.zero_scales,
+            "nan_scales": each.nan_scales,
+            "smallest_scale": _finite(each.smallest_scale),
+            "largest_scale": each.largest_scale,
+            "scale_binades": each.scale_binades.tolist(),
+        }
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+COMMAND = Command(
+    name="inspect",
+    summary="what is in a checkpoint, layer by layer, and how good it is",
+    description=(
+        "Prints what a torch_dist checkpoint is, its bytes, and for each tensor over all layers:\n"
+        "norms, quantization error, shares of codes and scales. Of Megatron's own Adam, what\n"
+        "flash_adamw would make of it. Writes a report with the distributions. Reads a part of\n"
+        "a tensor at a time, needs no GPU and changes nothing."
+    ),
+    examples=(
+        "inspect checkpoints",
+        "inspect checkpoints --iteration 1000 --layers --no-report",
+        "inspect checkpoints_flash --against checkpoints_adam --report differences.html",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+    failure=(
+        "the checkpoint cannot be read or the two not compared, or matplotlib is missing for\n"
+        "     --report; one line on stderr says why and what to do"
+    ),
+)
