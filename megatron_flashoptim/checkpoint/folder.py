@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.iterations import iteration_folder, number_of
 from megatron_flashoptim.checkpoint.model_space import PREFIX
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 
@@ -21,8 +22,6 @@ ADAM = "adam"
 FLASH = "flash"
 WEIGHTS = "weights"
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_(\d{7,})")
 # Names that Megatron's Adam has for the fp32 master, the second in releases before 0.16.
 MASTER = "param"
 OLDER_MASTER = "fp32_param"
@@ -90,51 +89,6 @@ class CheckpointFolder:
         return found
 
 
-def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
-    """Return the folder of one iteration.
-
-    Args:
-        path: as given to ``--save``, or already the folder of an iteration.
-        iteration: which one; by default the latest that was finished.
-
-    Raises:
-        ValueError: there is no such checkpoint; names what was looked for.
-    """
-    path = Path(path)
-    if path.is_file():
-        raise ValueError(
-            f"{path} is a single file, such as torch.save or the flashoptim package write: state "
-            "dicts of other optimizers are not read; give the folder of a torch_dist checkpoint"
-        )
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder; give what --save or --load was given")
-    if _is_iteration(path):
-        if iteration is not None and _number(path) != iteration:
-            raise ValueError(
-                f"{path} is one iteration; drop --iteration {iteration}, or give {path.parent}"
-            )
-        return path
-    there = sorted(found.name for found in path.iterdir() if _ITERATION.fullmatch(found.name))
-    if iteration is not None:
-        name = f"iter_{iteration:07d}"
-    else:
-        tracker = path / TRACKER
-        if not tracker.is_file():
-            raise ValueError(
-                f"{path} has no {TRACKER}, so it is no checkpoint folder of Megatron"
-                + (f"; it has {', '.join(there)}: give one of these" if there else "")
-            )
-        latest = tracker.read_text().strip()
-        if not latest.isdecimal() and latest != "release":
-            raise ValueError(
-                f"{tracker} holds {latest!r} instead of an iteration; give the folder of one"
-            )
-        name = f"iter_{int(latest):07d}" if latest.isdecimal() else latest
-    if not (path / name).is_dir():
-        raise ValueError(f"{path} has no {name}; it has {', '.join(there) or 'no iterations'}")
-    return path / name
-
-
 def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFolder:
     """Open a checkpoint for reading; loads its description, no tensors.
 
@@ -150,7 +104,7 @@ def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFol
     common = load_common(folder)
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
-    number = _number(folder)
+    number = number_of(folder)
     if number is None and folder.name != "release":  # copied to a folder of another name
         number = common.get("iteration")
     return CheckpointFolder(folder, number, reader, common, optimizer, sharding_type)
@@ -170,12 +124,18 @@ def load_common(folder: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             found: dict[str, Any] = load_common_state_dict(str(folder))
     except UNREADABLE as problem:
-        first = next(iter(str(problem).splitlines()), "") or type(problem).__name__
         raise ValueError(
-            f"the common state of the checkpoint in {folder} cannot be read ({first}); the files "
-            "may be damaged, or hold classes that Megatron does not list as safe to load"
+            f"the common state of the checkpoint in {folder} cannot be read ({reason(problem)}); "
+            "the files may be damaged, or hold classes that Megatron does not list as safe to load"
         ) from problem
     return found
+
+
+def reason(problem: BaseException) -> str:
+    """Return the first sentence of an exception's message; torch's go on for a page, in bold."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
+    first = plain.strip().partition("\n")[0].partition(". ")[0]
+    return first or type(problem).__name__
 
 
 def check_format(folder: Path) -> None:
@@ -202,21 +162,6 @@ def check_format(folder: Path) -> None:
             f"{folder} has the format {backend or 'of torch.distributed.checkpoint alone'}; only "
             "torch_dist can be read (--ckpt-format torch_dist)"
         )
-
-
-def _is_iteration(path: Path) -> bool:
-    """Return whether a folder is that of one iteration, by its name or by what is in it."""
-    return (
-        bool(_ITERATION.fullmatch(path.name))
-        or path.name == "release"
-        or (path / ".metadata").is_file()
-        or any(path.glob("mp_rank_*"))
-    )
-
-
-def _number(folder: Path) -> int | None:
-    match = _ITERATION.fullmatch(folder.name)
-    return int(match[1]) if match else None
 
 
 def _is_state(key: str) -> bool:

@@ -22,9 +22,9 @@ from megatron_flashoptim.checkpoint.damage import check_files
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.folder import (
     FLASH,
-    TRACKER,
     open_folder,
 )
+from megatron_flashoptim.checkpoint.iterations import TRACKER
 from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_flashoptim.checkpoint.folder import UNREADABLE, iteration_folder, load_common
-from megatron_flashoptim.checkpoint.reader import CheckpointReader
+from megatron_flashoptim.checkpoint.iterations import iteration_folder
 
 # First file of the legacy torch format.
 _LEGACY = "mp_rank_*/model_optim_rng.pt"
@@ -45,6 +44,9 @@ def read_saved_args(folder: str | Path) -> SavedArgs:
     Raises:
         ValueError: there is no such checkpoint, or none whose arguments can be read; says why.
     """
+    from megatron_flashoptim.checkpoint.folder import UNREADABLE, load_common, reason
+    from megatron_flashoptim.checkpoint.reader import CheckpointReader
+
     iteration = iteration_folder(folder)
     legacy = sorted(iteration.glob(_LEGACY))
     if (iteration / "metadata.json").is_file():
@@ -55,9 +57,9 @@ def read_saved_args(folder: str | Path) -> SavedArgs:
             # Mapped, not read: the file holds all weights of a rank.
             state = torch.load(legacy[0], map_location="cpu", weights_only=True, mmap=True)
         except UNREADABLE as problem:
-            first = next(iter(str(problem).splitlines()), "") or type(problem).__name__
             raise ValueError(
-                f"{legacy[0]} cannot be read ({first}); it may be damaged"
+                f"{legacy[0]} cannot be read ({reason(problem)}); it may be damaged, or hold "
+                "classes that Megatron does not list as safe to load"
             ) from problem
         chunks = [value for key, value in state.items() if key.startswith("model")]
         names = {name for chunk in chunks for name in chunk}

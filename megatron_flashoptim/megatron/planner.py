@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from megatron_flashoptim.checkpoint.saved_args import iteration_folder, read_saved_args
+from megatron_flashoptim.checkpoint.iterations import iteration_folder
+from megatron_flashoptim.checkpoint.saved_args import read_saved_args
 from megatron_flashoptim.megatron import planned_args
 from megatron_flashoptim.megatron.planned_args import ArgumentsError
 

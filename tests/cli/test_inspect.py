@@ -54,9 +54,9 @@ def _save(folder: Path, optimizer: str) -> Any:
 
 
 def _save_older(folder: Path) -> Any:
-    from test_stock_checkpoint import _save_flattened
+    from adam_checkpoints import save_flattened
 
-    return _save_flattened(folder, **ROWS_OF_48)[0]
+    return save_flattened(folder, **ROWS_OF_48)[0]
 
 
 def _save_shifted(folder: Path) -> None:

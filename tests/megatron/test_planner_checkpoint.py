@@ -97,12 +97,12 @@ def test_wrong_arguments_beside_a_checkpoint_exit_with_2(saved: dict[str, Path])
 
 
 def _without_checkpoint(folder: Path) -> str:
-    return "is no checkpoint: it has neither latest_checkpointed_iteration.txt"
+    return "has no latest_checkpointed_iteration.txt, so it is no checkpoint"
 
 
 def _missing_iteration(folder: Path) -> str:
     (folder / "latest_checkpointed_iteration.txt").write_text("12")
-    return "names iteration 12, but"
+    return "has no iter_0000012; it has no iterations"
 
 
 def _of_other_code(folder: Path) -> str:
@@ -171,4 +171,4 @@ def test_a_damaged_torch_dist_checkpoint_is_named(saved: dict[str, Path], tmp_pa
 
 def test_a_missing_folder_exits_with_1_and_one_line() -> None:
     said = error("memory", "--checkpoint", "no/such/folder", code=1)
-    assert "no/such/folder is no folder; give the folder of a checkpoint" in said
+    assert "no/such/folder is no folder; give what --save or --load was given" in said

@@ -1,0 +1,71 @@
+"""Folders of iterations, as Megatron names them; knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# Written by Megatron into the folder that --save names.
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
+    """Return the folder of one iteration.
+
+    Args:
+        path: as given to ``--save``, or already the folder of an iteration.
+        iteration: which one; by default the latest that was finished.
+
+    Raises:
+        ValueError: there is no such checkpoint; names what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a single file, such as torch.save or the flashoptim package write: state "
+            "dicts of other optimizers are not read; give the folder of a torch_dist checkpoint"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; give what --save or --load was given")
+    if _is_iteration(path):
+        if iteration is not None and number_of(path) != iteration:
+            raise ValueError(
+                f"{path} is one iteration; drop --iteration {iteration}, or give {path.parent}"
+            )
+        return path
+    there = sorted(found.name for found in path.iterdir() if _ITERATION.fullmatch(found.name))
+    if iteration is not None:
+        name = f"iter_{iteration:07d}"
+    else:
+        tracker = path / TRACKER
+        if not tracker.is_file():
+            raise ValueError(
+                f"{path} has no {TRACKER}, so it is no checkpoint folder of Megatron"
+                + (f"; it has {', '.join(there)}: give one of these" if there else "")
+            )
+        latest = tracker.read_text().strip()
+        if not latest.isdecimal() and latest != "release":
+            raise ValueError(
+                f"{tracker} holds {latest!r} instead of an iteration; give the folder of one"
+            )
+        name = f"iter_{int(latest):07d}" if latest.isdecimal() else latest
+    if not (path / name).is_dir():
+        raise ValueError(f"{path} has no {name}; it has {', '.join(there) or 'no iterations'}")
+    return path / name
+
+
+def _is_iteration(path: Path) -> bool:
+    """Return whether a folder is that of one iteration, by its name or by what is in it."""
+    return (
+        bool(_ITERATION.fullmatch(path.name))
+        or path.name == "release"
+        or (path / ".metadata").is_file()
+        or any(path.glob("mp_rank_*"))
+    )
+
+
+def number_of(folder: Path) -> int | None:
+    """Return the iteration that a folder is named after, or None."""
+    match = _ITERATION.fullmatch(folder.name)
+    return int(match[1]) if match else None
