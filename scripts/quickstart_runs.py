@@ -144,17 +144,28 @@ class Launcher:
         """Train from scratch; checkpoints after save_interval iterations and at the end."""
         checkpoints = self.folder / name / "checkpoints"
         arguments = ["--optimizer", optimizer, "--save", str(checkpoints)]
-        return self._run(name, [*arguments, "--save-interval", str(save_interval)])
+        return self.run(name, [*arguments, "--save-interval", str(save_interval)])
 
     def resume(self, name: str, run: Run, *, iteration: int) -> Run:
         """Repeat the last iterations of a flash_adamw run from one of its checkpoints."""
         arguments = ["--optimizer", "flash_adamw", "--load", run.checkpoints]
         arguments += ["--ckpt-step", str(iteration), "--exit-on-missing-checkpoint"]
-        return self._run(name, arguments, first=iteration + 1, depends_on=run.finished_at)
+        return self.run(name, arguments, first=iteration + 1, depends_on=run.finished_at)
 
-    def _run(
-        self, name: str, own_arguments: list[str], first: int = 1, depends_on: float = 0.0
+    def run(
+        self, name: str, own_arguments: list[str], *, first: int = 1, depends_on: float = 0.0
     ) -> Run:
+        """Run to the last iteration, or reuse a run that was made with the same settings.
+
+        Args:
+            name: folder of the run.
+            own_arguments: Megatron's; they win over those that all runs share.
+            first: iteration that it starts with.
+            depends_on: when what it loads was made.
+
+        Raises:
+            RunFailed: it ended with an error, or its log lacks what it should hold.
+        """
         folder = self.folder / name
         log = folder / "log.txt"
         memory = folder / "memory.json"

@@ -1,0 +1,293 @@
+"""Table, numbers and plot of scripts/continuity.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickstart_report import ADAM_COLOUR, FLASH_COLOUR
+from quickstart_runs import Run
+from quickstart_setup import Setup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Losses of a run after the switch, minus those of another."""
+
+    name: str
+    run: Run
+    against: Run
+    first: float
+    """Of the first iteration after the switch, whose weights no step has changed yet."""
+    mean_absolute: float
+    mean: float
+    largest: float
+    validation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuity:
+    """All runs; those without a note go from the first iteration to the last."""
+
+    iterations: int
+    switch: int
+    adam: Run
+    flash: Run
+    adam_to_flash: Run
+    """From the switch on, as all the following but the last."""
+    adam_to_flash_on_load: Run
+    flash_to_adam: Run
+    adam_resumed: Run
+    other_order: list[Run]
+    flash_other_order: list[Run]
+    other_data: list[Run]
+    other_seeds: list[Run]
+
+    def after_switch(self) -> range:
+        """Return the iterations that all runs have."""
+        return range(self.switch + 1, self.iterations + 1)
+
+    def difference(self, name: str, run: Run, against: Run) -> Difference:
+        """Compare two runs after the switch."""
+        each = self.differences(run, against)
+        return Difference(
+            name=name,
+            run=run,
+            against=against,
+            first=each[0],
+            mean_absolute=sum(map(abs, each)) / len(each),
+            mean=sum(each) / len(each),
+            largest=max(map(abs, each)),
+            validation=run.validation_loss - against.validation_loss,
+        )
+
+    def differences(self, run: Run, against: Run) -> list[float]:
+        """Return the difference of each iteration after the switch."""
+        return [run.losses[i] - against.losses[i] for i in self.after_switch()]
+
+    def rows(self) -> list[Difference]:
+        """Return what changes of optimizer did, then what changes anyway."""
+        adam, flash = self.adam, self.flash
+        rows = [
+            ("Adam, converted, flash_adamw", self.adam_to_flash, adam),
+            ("flash_adamw, converted, Adam", self.flash_to_adam, flash),
+            ("flash_adamw, converted, Adam", self.flash_to_adam, adam),
+            ("flash_adamw throughout", flash, adam),
+            ("Adam resumed", self.adam_resumed, adam),
+            *(("Adam, other order of summation", run, adam) for run in self.other_order),
+            *(("flash_adamw, other order", run, flash) for run in self.flash_other_order),
+            *(("Adam, other data from the switch", run, adam) for run in self.other_data),
+            *(("Adam, other seed", run, adam) for run in self.other_seeds),
+        ]
+        return [self.difference(name, run, against) for name, run, against in rows]
+
+    def on_load_is_the_same(self) -> bool:
+        """Return whether conversion on load gave the losses of offline conversion."""
+        offline, on_load = self.adam_to_flash, self.adam_to_flash_on_load
+        return (
+            offline.losses == on_load.losses and offline.validation_loss == on_load.validation_loss
+        )
+
+    def seed_spread(self) -> float:
+        """Return the range of validation losses of Adam with different seeds."""
+        return _range([run.validation_loss for run in (self.adam, *self.other_seeds)])
+
+    def data_spread(self) -> float:
+        """Return the range of validation losses of Adam with different data after the switch."""
+        return _range([run.validation_loss for run in (self.adam, *self.other_data)])
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        runs = [
+            *(self.adam, self.flash, self.adam_to_flash, self.adam_to_flash_on_load),
+            *(self.flash_to_adam, self.adam_resumed, *self.other_order, *self.flash_other_order),
+            *(*self.other_data, *self.other_seeds),
+        ]
+        return {
+            "iterations": self.iterations,
+            "switch_after": self.switch,
+            "parameters": self.flash.parameters,
+            "conversion_on_load_gives_the_same_losses": self.on_load_is_the_same(),
+            "validation_spread_of_seeds": self.seed_spread(),
+            "validation_spread_of_data_after_the_switch": self.data_spread(),
+            "differences_after_the_switch": [
+                {
+                    "what": row.name,
+                    "run": row.run.name,
+                    "against": row.against.name,
+                    **{field: getattr(row, field) for field in _MEASURES},
+                }
+                for row in self.rows()
+            ],
+            "runs": {
+                run.name: {
+                    "validation_loss": run.validation_loss,
+                    "losses": [round(loss, 6) for loss in run.losses.values()],
+                    "first_iteration": min(run.losses),
+                }
+                for run in runs
+            },
+        }
+
+
+_MEASURES = ("first", "mean_absolute", "mean", "largest", "validation")
+_HEADINGS = ("first", "mean |d|", "mean d", "largest |d|", "d validation")
+
+
+def table(continuity: Continuity) -> str:
+    """Return the table and what is said below it."""
+    rows: list[tuple[str, ...]] = [
+        ("difference of losses after the switch", "against", *_HEADINGS, "validation")
+    ]
+    for row in continuity.rows():
+        numbers = [f"{getattr(row, measure):+.4f}" for measure in _MEASURES]
+        validation = f"{row.run.validation_loss:.4f}"
+        rows.append((row.name, row.against.name, *numbers, validation))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    same = "identical" if continuity.on_load_is_the_same() else "DIFFERENT"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"validation loss of Adam throughout {continuity.adam.validation_loss:.4f}; over "
+            f"{1 + len(continuity.other_seeds)} seeds within {continuity.seed_spread():.4f}, over "
+            f"{1 + len(continuity.other_data)} orders of data after the switch within "
+            f"{continuity.data_spread():.4f}",
+            f"losses after conversion on load and after megatron-flashoptim convert: {same}",
+        ]
+    )
+
+
+def draw(continuity: Continuity, setup: Setup, path: Path) -> None:
+    """Write the plot: both directions, loss curves above and differences below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(13, 8), sharex="row", sharey="row", layout="constrained"
+    )
+    for one in axes.flat:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.3)
+    adam, flash = continuity.adam, continuity.flash
+    directions = (
+        ("Adam", adam, ADAM_COLOUR, "flash_adamw", continuity.adam_to_flash, FLASH_COLOUR),
+        ("flash_adamw", flash, FLASH_COLOUR, "Adam", continuity.flash_to_adam, ADAM_COLOUR),
+    )
+    for column, (before, whole, colour, after, changed, new_colour) in enumerate(directions):
+        order = continuity.other_order if whole is adam else continuity.flash_other_order
+        top, bottom = axes[0, column], axes[1, column]
+        _draw_losses(top, continuity, whole, changed, (colour, new_colour), (before, after))
+        _draw_differences(bottom, continuity, whole, changed, order, new_colour, (before, after))
+    figure.supxlabel(
+        f"GPT with {continuity.flash.parameters / 1e6:.2f}M parameters on bytes, {setup.ranks} "
+        f"{setup.device.upper()} ranks, megatron-core {setup.versions['megatron-core']}, torch "
+        f"{setup.versions['torch']}. Seeds: Adam, {1 + len(continuity.other_seeds)} of them.",
+        fontsize=9,
+        color="#555555",
+    )
+    figure.savefig(path, dpi=130, facecolor="white")
+    pyplot.close(figure)
+
+
+def _draw_losses(
+    axes: Axes,
+    continuity: Continuity,
+    whole: Run,
+    changed: Run,
+    colours: tuple[str, str],
+    names: tuple[str, str],
+) -> None:
+    for seed in continuity.other_seeds:
+        label = "Adam, other seeds" if seed is continuity.other_seeds[0] else None
+        axes.plot(
+            list(seed.losses), list(seed.losses.values()), color="#BBBBBB", lw=0.8, label=label
+        )
+    axes.plot(
+        list(whole.losses),
+        list(whole.losses.values()),
+        color=colours[0],
+        lw=3.5,
+        label=f"{names[0]} throughout, validation loss {whole.validation_loss:.3f}",
+    )
+    axes.plot(
+        list(changed.losses),
+        list(changed.losses.values()),
+        color=colours[1],
+        lw=1.2,
+        label=f"converted, {names[1]} from here, validation loss {changed.validation_loss:.3f}",
+    )
+    axes.axvline(continuity.switch + 0.5, color="black", lw=0.8, ls=":")
+    start = max(1, continuity.switch - continuity.iterations // 4)
+    shown = [loss for i, loss in whole.losses.items() if i >= start]
+    margin = 0.25 * (max(shown) - min(shown))
+    axes.set(
+        xlabel="iteration",
+        ylabel="training loss",
+        xlim=(start, continuity.iterations),
+        ylim=(min(shown) - margin, max(shown) + margin),
+    )
+    axes.set_title(f"{names[0]}, then {names[1]}", loc="left")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_differences(
+    axes: Axes,
+    continuity: Continuity,
+    whole: Run,
+    changed: Run,
+    order: list[Run],
+    colour: str,
+    names: tuple[str, str],
+) -> None:
+    iterations = list(continuity.after_switch())
+    spread = continuity.seed_spread()
+    axes.axhspan(
+        -spread,
+        spread,
+        color="black",
+        alpha=0.07,
+        lw=0,
+        label=f"spread of Adam's validation loss over seeds, {spread:.3f}",
+    )
+    for run in order:
+        axes.plot(
+            iterations,
+            continuity.differences(run, whole),
+            color="#888888",
+            lw=0.9,
+            label=f"{names[0]}, other order of summation" if run is order[0] else None,
+        )
+    mean = continuity.difference("", changed, whole).mean_absolute
+    axes.plot(
+        iterations,
+        continuity.differences(changed, whole),
+        color=colour,
+        lw=1.6,
+        label=f"converted to {names[1]}, mean |difference| {mean:.4f}",
+    )
+    axes.axhline(0, color="black", lw=0.6)
+    axes.set(
+        xlabel="iteration",
+        ylabel="loss minus that of the unchanged run",
+        xlim=(continuity.switch + 1, continuity.iterations),
+    )
+    axes.set_title(f"Difference to {names[0]} throughout, same data", loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+
+
+def _range(values: list[float]) -> float:
+    return max(values) - min(values)
