@@ -89,7 +89,7 @@ def convert(launcher: Launcher, run: Run, target: str, iteration: int) -> Path:
     command = Path(sys.executable).with_name("megatron-flashoptim")
     if not command.is_file():
         raise RunFailed(f"{command} is missing; install the project: pip install -e .")
-    folder = launcher.folder / f"{run.name}_to_{target}"
+    folder = launcher.folder / f"{run.name}_converted"
     destination, done = folder / "checkpoints", folder / "conversion.json"
     made_from = {"finished_at": run.finished_at, "sources": launcher.identity["sources"]}
     if done.is_file() and json.loads(done.read_text()) == made_from:
@@ -162,6 +162,9 @@ def train_all(launcher: Launcher) -> Continuity:
         ],
         other_seeds=[
             whole(f"adam_seed_{seed}", *ADAM, "--seed", str(seed)) for seed in OTHER_SEEDS
+        ],
+        flash_other_seeds=[
+            whole(f"flash_seed_{seed}", *FLASH, "--seed", str(seed)) for seed in OTHER_SEEDS
         ],
     )
 

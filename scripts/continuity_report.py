@@ -31,14 +31,13 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Continuity:
-    """All runs; those without a note go from the first iteration to the last."""
+    """All runs; those from ``adam_to_flash`` to ``other_data`` start at the switch."""
 
     iterations: int
     switch: int
     adam: Run
     flash: Run
     adam_to_flash: Run
-    """From the switch on, as all the following but the last."""
     adam_to_flash_on_load: Run
     flash_to_adam: Run
     adam_resumed: Run
@@ -46,6 +45,8 @@ class Continuity:
     flash_other_order: list[Run]
     other_data: list[Run]
     other_seeds: list[Run]
+    flash_other_seeds: list[Run]
+    """Of the same seeds as those of Adam."""
 
     def after_switch(self) -> range:
         """Return the iterations that all runs have."""
@@ -82,6 +83,10 @@ class Continuity:
             *(("flash_adamw, other order", run, flash) for run in self.flash_other_order),
             *(("Adam, other data from the switch", run, adam) for run in self.other_data),
             *(("Adam, other seed", run, adam) for run in self.other_seeds),
+            *(
+                ("flash_adamw throughout, other seed", *pair)
+                for pair in zip(self.flash_other_seeds, self.other_seeds, strict=True)
+            ),
         ]
         return [self.difference(name, run, against) for name, run, against in rows]
 
@@ -105,7 +110,7 @@ class Continuity:
         runs = [
             *(self.adam, self.flash, self.adam_to_flash, self.adam_to_flash_on_load),
             *(self.flash_to_adam, self.adam_resumed, *self.other_order, *self.flash_other_order),
-            *(*self.other_data, *self.other_seeds),
+            *(*self.other_data, *self.other_seeds, *self.flash_other_seeds),
         ]
         return {
             "iterations": self.iterations,

@@ -232,14 +232,11 @@ class Launcher:
             )
 
 
-def _measure(
-    name: str, log: Path, memory: Path, checkpoints: Path, finished_at: float, expected: range
-) -> Run:
-    """Read a finished run's log, memory report and checkpoint."""
+def read_losses(log: str) -> tuple[dict[int, float], list[float]]:
+    """Return each iteration's training loss, and the validation losses, of one process's log."""
     losses: dict[int, float] = {}
-    iteration_ms, optimizer_ms, validation = [], [], []
-    text = log.read_text()
-    for line in text.splitlines():
+    validation = []
+    for line in log.splitlines():
         if match := _ITERATION.search(line):
             # Megatron keeps its running sum after the first iteration of a process, so that the
             # second line's loss is the mean of both.
@@ -247,11 +244,21 @@ def _measure(
             if len(losses) == 1:
                 loss = 2 * loss - next(iter(losses.values()))
             losses[int(match[1])] = loss
-            iteration_ms.append(float(match[2]))
-        elif match := _OPTIMIZER_TIME.search(line):
-            optimizer_ms.append(float(match[1]))
         elif match := _VALIDATION_LOSS.search(line):
             validation.append(float(match[1]))
+    return losses, validation
+
+
+def _measure(
+    name: str, log: Path, memory: Path, checkpoints: Path, finished_at: float, expected: range
+) -> Run:
+    """Read a finished run's log, memory report and checkpoint."""
+    text = log.read_text()
+    losses, validation = read_losses(text)
+    iteration_ms = [float(found[2]) for found in map(_ITERATION.search, text.splitlines()) if found]
+    optimizer_ms = [
+        float(found[1]) for found in map(_OPTIMIZER_TIME.search, text.splitlines()) if found
+    ]
     fp32_gradients = _FP32_GRADIENTS.search(text)
     missing = sorted(set(expected) - set(losses))
     if missing or len(losses) > len(expected):
