@@ -6,12 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickstart_report import ADAM_COLOUR, FLASH_COLOUR
+from quickstart_report import ADAM_COLOUR, FLASH_COLOUR, running_mean
 from quickstart_runs import Run
 from quickstart_setup import Setup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+SEED_COLOUR = "#BBBBBB"
+DATA_COLOUR = "#CC79A7"
+ORDER_COLOUR = "#555555"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,16 +191,9 @@ def draw(continuity: Continuity, setup: Setup, path: Path) -> None:
     for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.3)
-    adam, flash = continuity.adam, continuity.flash
-    directions = (
-        ("Adam", adam, ADAM_COLOUR, "flash_adamw", continuity.adam_to_flash, FLASH_COLOUR),
-        ("flash_adamw", flash, FLASH_COLOUR, "Adam", continuity.flash_to_adam, ADAM_COLOUR),
-    )
-    for column, (before, whole, colour, after, changed, new_colour) in enumerate(directions):
-        order = continuity.other_order if whole is adam else continuity.flash_other_order
-        top, bottom = axes[0, column], axes[1, column]
-        _draw_losses(top, continuity, whole, changed, (colour, new_colour), (before, after))
-        _draw_differences(bottom, continuity, whole, changed, order, new_colour, (before, after))
+    for column, direction in enumerate(_directions(continuity)):
+        _draw_losses(axes[0, column], continuity, direction)
+        _draw_differences(axes[1, column], continuity, direction)
     figure.supxlabel(
         f"GPT with {continuity.flash.parameters / 1e6:.2f}M parameters on bytes, {setup.ranks} "
         f"{setup.device.upper()} ranks, megatron-core {setup.versions['megatron-core']}, torch "
@@ -208,33 +205,66 @@ def draw(continuity: Continuity, setup: Setup, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_losses(
-    axes: Axes,
-    continuity: Continuity,
-    whole: Run,
-    changed: Run,
-    colours: tuple[str, str],
-    names: tuple[str, str],
-) -> None:
-    for seed in continuity.other_seeds:
-        label = "Adam, other seeds" if seed is continuity.other_seeds[0] else None
+@dataclasses.dataclass(frozen=True)
+class _Direction:
+    """A change of optimizer, and runs of the optimizer before it that differ otherwise."""
+
+    before: str
+    after: str
+    colours: tuple[str, str]
+    whole: Run
+    changed: Run
+    order: list[Run]
+    data: list[Run]
+    seeds: list[Run]
+
+
+def _directions(continuity: Continuity) -> tuple[_Direction, _Direction]:
+    return (
+        _Direction(
+            before="Adam",
+            after="flash_adamw",
+            colours=(ADAM_COLOUR, FLASH_COLOUR),
+            whole=continuity.adam,
+            changed=continuity.adam_to_flash,
+            order=continuity.other_order,
+            data=continuity.other_data,
+            seeds=continuity.other_seeds,
+        ),
+        _Direction(
+            before="flash_adamw",
+            after="Adam",
+            colours=(FLASH_COLOUR, ADAM_COLOUR),
+            whole=continuity.flash,
+            changed=continuity.flash_to_adam,
+            order=continuity.flash_other_order,
+            data=[],
+            seeds=continuity.flash_other_seeds,
+        ),
+    )
+
+
+def _draw_losses(axes: Axes, continuity: Continuity, direction: _Direction) -> None:
+    whole, changed = direction.whole, direction.changed
+    for number, run in enumerate(direction.seeds):
         axes.plot(
-            list(seed.losses), list(seed.losses.values()), color="#BBBBBB", lw=0.8, label=label
+            list(run.losses),
+            list(run.losses.values()),
+            color=SEED_COLOUR,
+            lw=0.9,
+            label=None if number else f"{direction.before}, other seeds",
         )
-    axes.plot(
-        list(whole.losses),
-        list(whole.losses.values()),
-        color=colours[0],
-        lw=3.5,
-        label=f"{names[0]} throughout, validation loss {whole.validation_loss:.3f}",
-    )
-    axes.plot(
-        list(changed.losses),
-        list(changed.losses.values()),
-        color=colours[1],
-        lw=1.2,
-        label=f"converted, {names[1]} from here, validation loss {changed.validation_loss:.3f}",
-    )
+    for run, colour, width, label in (
+        (whole, direction.colours[0], 4, f"{direction.before} throughout"),
+        (changed, direction.colours[1], 1.3, f"converted, {direction.after} from here"),
+    ):
+        axes.plot(
+            list(run.losses),
+            list(run.losses.values()),
+            color=colour,
+            lw=width,
+            label=f"{label}, validation loss {run.validation_loss:.4f}",
+        )
     axes.axvline(continuity.switch + 0.5, color="black", lw=0.8, ls=":")
     start = max(1, continuity.switch - continuity.iterations // 4)
     shown = [loss for i, loss in whole.losses.items() if i >= start]
@@ -245,53 +275,41 @@ def _draw_losses(
         xlim=(start, continuity.iterations),
         ylim=(min(shown) - margin, max(shown) + margin),
     )
-    axes.set_title(f"{names[0]}, then {names[1]}", loc="left")
+    axes.set_title(f"{direction.before}, then {direction.after}", loc="left")
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_differences(
-    axes: Axes,
-    continuity: Continuity,
-    whole: Run,
-    changed: Run,
-    order: list[Run],
-    colour: str,
-    names: tuple[str, str],
-) -> None:
+def _draw_differences(axes: Axes, continuity: Continuity, direction: _Direction) -> None:
     iterations = list(continuity.after_switch())
-    spread = continuity.seed_spread()
-    axes.axhspan(
-        -spread,
-        spread,
-        color="black",
-        alpha=0.07,
-        lw=0,
-        label=f"spread of Adam's validation loss over seeds, {spread:.3f}",
+    window = max(1, len(iterations) // 10)
+
+    def draw_runs(runs: list[Run], colour: str, width: float, label: str) -> None:
+        for number, run in enumerate(runs):
+            each = [abs(d) for d in continuity.differences(run, direction.whole)]
+            axes.plot(
+                iterations,
+                running_mean(each, window),
+                color=colour,
+                lw=width,
+                label=None if number else label,
+            )
+
+    draw_runs(direction.seeds, SEED_COLOUR, 0.9, f"{direction.before}, other seeds")
+    draw_runs(
+        direction.data, DATA_COLOUR, 0.9, f"{direction.before}, other data from the switch on"
     )
-    for run in order:
-        axes.plot(
-            iterations,
-            continuity.differences(run, whole),
-            color="#888888",
-            lw=0.9,
-            label=f"{names[0]}, other order of summation" if run is order[0] else None,
-        )
-    mean = continuity.difference("", changed, whole).mean_absolute
-    axes.plot(
-        iterations,
-        continuity.differences(changed, whole),
-        color=colour,
-        lw=1.6,
-        label=f"converted to {names[1]}, mean |difference| {mean:.4f}",
+    draw_runs(
+        direction.order, ORDER_COLOUR, 1.1, f"{direction.before}, gradients summed in other order"
     )
-    axes.axhline(0, color="black", lw=0.6)
+    draw_runs([direction.changed], direction.colours[1], 2.2, f"converted to {direction.after}")
+    axes.set_yscale("log")
     axes.set(
         xlabel="iteration",
-        ylabel="loss minus that of the unchanged run",
+        ylabel=f"|loss - loss of {direction.before} throughout|",
         xlim=(continuity.switch + 1, continuity.iterations),
     )
-    axes.set_title(f"Difference to {names[0]} throughout, same data", loc="left")
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.set_title(f"Difference to {direction.before} throughout (mean of {window})", loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="center right")
 
 
 def _range(values: list[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import console
 import pytest
 import torch
-from quickstart_runs import read_losses
+from continuity_report import Continuity, table
+from quickstart_runs import Run, read_losses
 from ranks import run_ranks
 from test_training import MODEL, ROOT
 
@@ -117,3 +119,38 @@ def test_conversion_on_load_and_offline_train_the_same(runs: dict[str, Trained])
     offline, on_load = runs["to flash"], runs["to flash, on load"]
     assert offline.losses == on_load.losses
     assert offline.validation == on_load.validation
+
+
+def _run(name: str, first: int, offset: float, validation: float = 1.0) -> Run:
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(Run)), 0)
+    losses = {i: 3.0 - 0.1 * i + offset * (-1) ** i for i in range(first, 5)}
+    return Run(**{**fields, "name": name, "losses": losses, "validation_loss": validation})
+
+
+def test_report_compares_after_the_switch_only() -> None:
+    made = Continuity(
+        iterations=4,
+        switch=2,
+        adam=_run("adam", 1, 0),
+        flash=_run("flash", 1, 0.5),
+        adam_to_flash=_run("adam_to_flash", 3, 0.01, 1.25),
+        adam_to_flash_on_load=_run("on_load", 3, 0.01, 1.25),
+        flash_to_adam=_run("flash_to_adam", 3, 0.5),
+        adam_resumed=_run("resumed", 3, 0),
+        other_order=[_run("order", 3, 0.02)],
+        flash_other_order=[],
+        other_data=[_run("data", 3, 0.3, 1.125)],
+        other_seeds=[_run("seed", 1, 0.2, 1.5), _run("seed", 1, 0.2, 0.875)],
+        flash_other_seeds=[_run("flash seed", 1, 0.2), _run("flash seed", 1, 0.2)],
+    )
+    first, second, third, *_ = made.rows()
+    assert (first.name, first.validation) == ("Adam, converted, flash_adamw", 0.25)
+    assert (first.first, first.mean_absolute, first.largest) == pytest.approx((-0.01, 0.01, 0.01))
+    assert first.mean == pytest.approx(0)
+    assert (second.against.name, second.largest) == ("flash", 0)
+    assert (third.against.name, third.largest) == ("adam", pytest.approx(0.5))
+    assert (made.seed_spread(), made.data_spread()) == (0.625, 0.125)
+    assert table(made).endswith(": identical")
+    other = dataclasses.replace(made, adam_to_flash_on_load=_run("on_load", 3, 0.0100001, 1.25))
+    assert table(other).endswith(": DIFFERENT")
+    assert other.record()["conversion_on_load_gives_the_same_losses"] is False
