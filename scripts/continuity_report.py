@@ -153,8 +153,8 @@ def table(continuity: Continuity) -> str:
         ("difference of losses after the switch", "against", *_HEADINGS, "validation")
     ]
     for row in continuity.rows():
-        numbers = [f"{getattr(row, measure):+.4f}" for measure in _MEASURES]
-        validation = f"{row.run.validation_loss:.4f}"
+        numbers = [f"{getattr(row, measure):+.5f}" for measure in _MEASURES]
+        validation = f"{row.run.validation_loss:.5f}"
         rows.append((row.name, row.against.name, *numbers, validation))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
