@@ -194,7 +194,7 @@ def main() -> None:
         "adam": "exact fp32 AdamW (--resumable-adam)" if continuity.adam.torch_adam else "fused",
         **continuity.record(),
     }
-    options.json.write_text(json.dumps(record, indent=1) + "\n")
+    options.json.write_text(continuity_report.as_json(record))
     continuity_report.draw(continuity, setup, options.picture)
     print(f"\n{continuity_report.table(continuity)}\n")
     print(f"picture  {shown(options.picture.absolute())}")

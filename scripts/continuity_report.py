@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 SEED_COLOUR = "#BBBBBB"
 DATA_COLOUR = "#CC79A7"
 ORDER_COLOUR = "#555555"
+# A difference below is one or two of the last digits that Megatron prints.
+SHOWN_DIFFERENCES = (1e-5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +68,16 @@ class Continuity:
             run=run,
             against=against,
             first=each[0],
-            mean_absolute=sum(map(abs, each)) / len(each),
-            mean=sum(each) / len(each),
+            mean_absolute=round(sum(map(abs, each)) / len(each), 6),
+            mean=round(sum(each) / len(each), 6),
             largest=max(map(abs, each)),
-            validation=run.validation_loss - against.validation_loss,
+            validation=round(run.validation_loss - against.validation_loss, 6),
         )
 
     def differences(self, run: Run, against: Run) -> list[float]:
         """Return the difference of each iteration after the switch."""
-        return [run.losses[i] - against.losses[i] for i in self.after_switch()]
+        # Megatron prints six digits after the point.
+        return [round(run.losses[i] - against.losses[i], 6) for i in self.after_switch()]
 
     def rows(self) -> list[Difference]:
         """Return what changes of optimizer did, then what changes anyway."""
@@ -143,6 +148,7 @@ class Continuity:
         }
 
 
+_NUMBERS = re.compile(r"\[[-\d.,e\s]+\]")
 _MEASURES = ("first", "mean_absolute", "mean", "largest", "validation")
 _HEADINGS = ("first", "mean |d|", "mean d", "largest |d|", "d validation")
 
@@ -197,7 +203,7 @@ def draw(continuity: Continuity, setup: Setup, path: Path) -> None:
     figure.supxlabel(
         f"GPT with {continuity.flash.parameters / 1e6:.2f}M parameters on bytes, {setup.ranks} "
         f"{setup.device.upper()} ranks, megatron-core {setup.versions['megatron-core']}, torch "
-        f"{setup.versions['torch']}. Seeds: Adam, {1 + len(continuity.other_seeds)} of them.",
+        f"{setup.versions['torch']}. Seeds differ in initialization and data.",
         fontsize=9,
         color="#555555",
     )
@@ -255,7 +261,7 @@ def _draw_losses(axes: Axes, continuity: Continuity, direction: _Direction) -> N
             label=None if number else f"{direction.before}, other seeds",
         )
     for run, colour, width, label in (
-        (whole, direction.colours[0], 4, f"{direction.before} throughout"),
+        (whole, direction.colours[0], 3, f"{direction.before} throughout"),
         (changed, direction.colours[1], 1.3, f"converted, {direction.after} from here"),
     ):
         axes.plot(
@@ -302,15 +308,30 @@ def _draw_differences(axes: Axes, continuity: Continuity, direction: _Direction)
         direction.order, ORDER_COLOUR, 1.1, f"{direction.before}, gradients summed in other order"
     )
     draw_runs([direction.changed], direction.colours[1], 2.2, f"converted to {direction.after}")
+    axes.axhline(
+        continuity.seed_spread(),
+        color=SEED_COLOUR,
+        ls="--",
+        label=f"spread of Adam's validation loss over {1 + len(continuity.other_seeds)} seeds",
+    )
     axes.set_yscale("log")
     axes.set(
         xlabel="iteration",
-        ylabel=f"|loss - loss of {direction.before} throughout|",
+        ylabel="absolute difference of training loss",
         xlim=(continuity.switch + 1, continuity.iterations),
+        ylim=SHOWN_DIFFERENCES,
     )
-    axes.set_title(f"Difference to {direction.before} throughout (mean of {window})", loc="left")
-    axes.legend(frameon=False, fontsize=9, loc="center right")
+    axes.set_title(
+        f"Difference to {direction.before} throughout (mean of the last {window})", loc="left"
+    )
+    axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.76))
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """Return a record with each list of numbers in one line."""
+    text = json.dumps(record, indent=1)
+    return _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def _range(values: list[float]) -> float:
-    return max(values) - min(values)
+    return round(max(values) - min(values), 6)
