@@ -163,6 +163,10 @@ def train_all(launcher: Launcher) -> Continuity:
         other_seeds=[
             whole(f"adam_seed_{seed}", *ADAM, "--seed", str(seed)) for seed in OTHER_SEEDS
         ],
+        other_order_throughout=[
+            whole(f"adam_throughout_micro_batch_{size}", *ADAM, "--micro-batch-size", str(size))
+            for size in _smaller(micro_batch)
+        ],
         flash_other_seeds=[
             whole(f"flash_seed_{seed}", *FLASH, "--seed", str(seed)) for seed in OTHER_SEEDS
         ],

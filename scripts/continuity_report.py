@@ -53,6 +53,7 @@ class Continuity:
     flash_other_order: list[Run]
     other_data: list[Run]
     other_seeds: list[Run]
+    other_order_throughout: list[Run]
     flash_other_seeds: list[Run]
     """Of the same seeds as those of Adam."""
 
@@ -91,6 +92,10 @@ class Continuity:
             *(("Adam, other order of summation", run, adam) for run in self.other_order),
             *(("flash_adamw, other order", run, flash) for run in self.flash_other_order),
             *(("Adam, other data from the switch", run, adam) for run in self.other_data),
+            *(
+                ("Adam, other order from the first iteration", run, adam)
+                for run in self.other_order_throughout
+            ),
             *(("Adam, other seed", run, adam) for run in self.other_seeds),
             *(
                 ("flash_adamw throughout, other seed", *pair)
@@ -120,6 +125,7 @@ class Continuity:
             *(self.adam, self.flash, self.adam_to_flash, self.adam_to_flash_on_load),
             *(self.flash_to_adam, self.adam_resumed, *self.other_order, *self.flash_other_order),
             *(*self.other_data, *self.other_seeds, *self.flash_other_seeds),
+            *self.other_order_throughout,
         ]
         return {
             "iterations": self.iterations,

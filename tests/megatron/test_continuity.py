@@ -141,6 +141,7 @@ def test_report_compares_after_the_switch_only() -> None:
         flash_other_order=[],
         other_data=[_run("data", 3, 0.3, 1.125)],
         other_seeds=[_run("seed", 1, 0.2, 1.5), _run("seed", 1, 0.2, 0.875)],
+        other_order_throughout=[],
         flash_other_seeds=[_run("flash seed", 1, 0.2), _run("flash seed", 1, 0.2)],
     )
     first, second, third, *_ = made.rows()
