@@ -27,7 +27,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exact_adamw import use_as_megatrons_adam
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("dp_reshardable", "fully_reshardable")
@@ -346,8 +346,7 @@ def _use_plain_adam_without_transformer_engine() -> None:
     try:
         importlib.import_module("transformer_engine.pytorch.optimizers")
     except ImportError:
-        sys.path.append(str(ROOT / "tests" / "megatron"))
-        importlib.import_module("exact_adamw").use_as_megatrons_adam()
+        use_as_megatrons_adam()
 
 
 def _shared_folder(options: argparse.Namespace) -> tuple[Path, bool]:

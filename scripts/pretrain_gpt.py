@@ -8,6 +8,11 @@ known:
 
 ``--memory-report FILE`` writes what the optimizer holds at the end of training: bytes of its live
 tensors and the parameters it owns, summed over ranks.
+
+``--resumable-adam`` is for ``--optimizer adam`` without Transformer Engine and Apex: Megatron then
+takes torch's optimizer, whose checkpoints it cannot load. With the flag it takes an exact fp32
+AdamW instead, as Transformer Engine's, whose checkpoints it can load. Where either is installed,
+the flag changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from exact_adamw import use_as_megatrons_adam
 from megatron.core import mpu
+from megatron.core import optimizer as optimizer_factory
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
@@ -36,8 +43,13 @@ _built: list[tuple[Any, Any]] = []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this script's own argument to Megatron's."""
+    """Add this script's own arguments to Megatron's."""
     parser.add_argument("--memory-report", help="write the optimizer's live bytes to this file")
+    parser.add_argument(
+        "--resumable-adam",
+        action="store_true",
+        help="where Megatron would fall back to torch's Adam, take one whose checkpoints load",
+    )
     return parser
 
 
@@ -139,6 +151,8 @@ def main() -> None:
             "scripts/pretrain_gpt.py takes --context-parallel-size 1; use Megatron-LM's "
             "pretrain_gpt.py under the same launcher for context parallelism"
         )
+    if args.resumable_adam and optimizer_factory.USING_PYTORCH_OPTIMIZER:
+        use_as_megatrons_adam()
     remember_what_is_built()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -134,7 +134,7 @@ def _draw_losses(axes: Axes, comparison: Comparison) -> None:
         label = f"{name}, validation loss {run.validation_loss:.3f}"
         axes.plot(list(run.losses), losses, color=colour, linewidth=width / 2, alpha=0.2)
         axes.plot(
-            list(run.losses), _running_mean(losses, window), color=colour, lw=width, label=label
+            list(run.losses), running_mean(losses, window), color=colour, lw=width, label=label
         )
     same = "identical" if comparison.resume_is_identical() else "not identical"
     axes.axvspan(
@@ -154,7 +154,7 @@ def _draw_losses(axes: Axes, comparison: Comparison) -> None:
     axes.legend(frameon=False)
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
+def running_mean(values: list[float], window: int) -> list[float]:
     """Return the mean of up to the last ``window`` values at each position."""
     means = []
     for end in range(1, len(values) + 1):

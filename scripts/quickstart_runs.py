@@ -144,17 +144,28 @@ class Launcher:
         """Train from scratch; checkpoints after save_interval iterations and at the end."""
         checkpoints = self.folder / name / "checkpoints"
         arguments = ["--optimizer", optimizer, "--save", str(checkpoints)]
-        return self._run(name, [*arguments, "--save-interval", str(save_interval)])
+        return self.run(name, [*arguments, "--save-interval", str(save_interval)])
 
     def resume(self, name: str, run: Run, *, iteration: int) -> Run:
         """Repeat the last iterations of a flash_adamw run from one of its checkpoints."""
         arguments = ["--optimizer", "flash_adamw", "--load", run.checkpoints]
         arguments += ["--ckpt-step", str(iteration), "--exit-on-missing-checkpoint"]
-        return self._run(name, arguments, first=iteration + 1, depends_on=run.finished_at)
+        return self.run(name, arguments, first=iteration + 1, depends_on=run.finished_at)
 
-    def _run(
-        self, name: str, own_arguments: list[str], first: int = 1, depends_on: float = 0.0
+    def run(
+        self, name: str, own_arguments: list[str], *, first: int = 1, depends_on: float = 0.0
     ) -> Run:
+        """Run to the last iteration, or reuse a run that was made with the same settings.
+
+        Args:
+            name: folder of the run.
+            own_arguments: Megatron's; they win over those that all runs share.
+            first: iteration that it starts with.
+            depends_on: when what it loads was made.
+
+        Raises:
+            RunFailed: it ended with an error, or its log lacks what it should hold.
+        """
         folder = self.folder / name
         log = folder / "log.txt"
         memory = folder / "memory.json"
@@ -221,14 +232,11 @@ class Launcher:
             )
 
 
-def _measure(
-    name: str, log: Path, memory: Path, checkpoints: Path, finished_at: float, expected: range
-) -> Run:
-    """Read a finished run's log, memory report and checkpoint."""
+def read_losses(log: str) -> tuple[dict[int, float], list[float]]:
+    """Return each iteration's training loss, and the validation losses, of one process's log."""
     losses: dict[int, float] = {}
-    iteration_ms, optimizer_ms, validation = [], [], []
-    text = log.read_text()
-    for line in text.splitlines():
+    validation = []
+    for line in log.splitlines():
         if match := _ITERATION.search(line):
             # Megatron keeps its running sum after the first iteration of a process, so that the
             # second line's loss is the mean of both.
@@ -236,11 +244,21 @@ def _measure(
             if len(losses) == 1:
                 loss = 2 * loss - next(iter(losses.values()))
             losses[int(match[1])] = loss
-            iteration_ms.append(float(match[2]))
-        elif match := _OPTIMIZER_TIME.search(line):
-            optimizer_ms.append(float(match[1]))
         elif match := _VALIDATION_LOSS.search(line):
             validation.append(float(match[1]))
+    return losses, validation
+
+
+def _measure(
+    name: str, log: Path, memory: Path, checkpoints: Path, finished_at: float, expected: range
+) -> Run:
+    """Read a finished run's log, memory report and checkpoint."""
+    text = log.read_text()
+    losses, validation = read_losses(text)
+    iteration_ms = [float(found[2]) for found in map(_ITERATION.search, text.splitlines()) if found]
+    optimizer_ms = [
+        float(found[1]) for found in map(_OPTIMIZER_TIME.search, text.splitlines()) if found
+    ]
     fp32_gradients = _FP32_GRADIENTS.search(text)
     missing = sorted(set(expected) - set(losses))
     if missing or len(losses) > len(expected):

@@ -32,15 +32,6 @@ LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+).*?params norm: ([\d
 THEORETICAL = re.compile(r"Theoretical memory footprints: weight and optimizer=([\d.]+) MB")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the corpus with the project's own script."""
-    folder = tmp_path_factory.mktemp("corpus")
-    script = ROOT / "scripts" / "prepare_corpus.py"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True)
-    return folder
-
-
 def _launch(script: Path, corpus: Path, *flags: str, ranks: int = 2) -> subprocess.CompletedProcess:
     device = [] if torch.cuda.is_available() else ["--device", "cpu"]
     return subprocess.run(
