@@ -73,11 +73,15 @@ def plan(arguments: Sequence[str], world_size: int) -> RunSize:
 
 
 def _plan(arguments: Sequence[str], world_size: int) -> RunSize:
-    from megatron_flashoptim.megatron import cpu
+    from megatron_flashoptim.megatron import cpu, versions
     from megatron_flashoptim.megatron.install import install
 
     if not torch.cuda.is_available():
         cpu.enable()
+    try:
+        versions.check_layout_can_be_computed("give --parameters and --data-parallel-size instead")
+    except ImportError as problem:
+        raise ValueError(str(problem)) from problem
     install()
     args = _parsed(arguments)
     expert_ranks = args.expert_tensor_parallel_size * args.expert_model_parallel_size
