@@ -27,6 +27,7 @@ from megatron_flashoptim.megatron.layout import (
     compute_group_aligned_layout,
     group_aligned_buffers,
 )
+from megatron_flashoptim.megatron.params_norm import Master, remember
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
@@ -155,7 +156,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         model_float16, model_fp32, shard_float16, shard_fp32, main = groups
         for model_group, shard_group in zip(model_float16, shard_float16, strict=True):
             for model_param, shard_param in zip(model_group, shard_group, strict=True):
-                # The bf16 view is the high part of the master: what the params norm reads.
+                # The bf16 view is the high part of the master.
                 model_param.main_param = shard_param
         return model_float16, model_fp32, shard_float16, shard_fp32, [[] for _ in main]
 
@@ -197,6 +198,8 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
                         )
                     )
                 shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash))
+        for item in self.shard_params:
+            remember(item.param, Master(shards[item.shard], item.start, item.end))
         # Not a buffer's device: a rank whose parameters are all frozen has no buffer.
         device = torch.device(torch.cuda.current_device())
         self.optimizer.attach(shards, [group_index for group_index, _ in rows], device)

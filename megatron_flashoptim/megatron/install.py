@@ -2,8 +2,9 @@
 
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
-``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for)
-and ``dist_checkpointing.load`` (names damaged files). All do what Megatron does unless
+``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
+``dist_checkpointing.load`` (names damaged files) and the training loop's ``calc_params_l2_norm``
+(sums in fp32). All do what Megatron does unless
 ``--optimizer`` names a flash optimizer. The name ``DistributedOptimizer`` in
 ``megatron.core.optimizer`` is bound too, but only while a flash optimizer is being built
 (``megatron.factory``).
@@ -121,6 +122,18 @@ def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrap_layout(original, lambda: _selected() is not None)
 
 
+def _wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _selected() is None:
+            return original(model, *args, **kwargs)
+        from megatron_flashoptim.megatron.params_norm import norms_for_main_params
+
+        with norms_for_main_params(model):
+            return original(model, *args, **kwargs)
+
+    return calc_params_l2_norm
+
+
 def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         if _selected() is not None:
@@ -144,6 +157,7 @@ BINDINGS = (
         _wrap_init,
     ),
     Binding("megatron.core.dist_checkpointing", "load", _wrap_load),
+    Binding("megatron.training.training", "calc_params_l2_norm", _wrap_params_norm),
 )
 
 

@@ -50,6 +50,8 @@ _NEEDED: dict[str, tuple[str, ...]] = {
             "get_parameters",
             "load_parameter_state_from_dp_zero",
             "load_state_dict",
+            "offload_to_cpu",
+            "restore_from_cpu",
             "sharded_param_state_dp_reshardable",
             "sharded_param_state_fully_reshardable",
             "sharded_state_dict",
@@ -308,3 +310,43 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 def _optimizer_module() -> Any:
     return importlib.import_module(_OPTIMIZER)
+
+
+# The training loop, for the scripts of this project.
+
+
+def pretrain(
+    datasets_provider: Callable[..., Any],
+    model_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    extra_args_provider: Callable[[Any], Any],
+) -> None:
+    """Parse the arguments and train a GPT with ``megatron.training``.
+
+    Args:
+        datasets_provider: builds the datasets.
+        model_provider: builds the model, where Megatron does not from the arguments (until 0.18).
+        forward_step: runs one micro-batch.
+        extra_args_provider: adds arguments to Megatron's parser.
+    """
+    training = importlib.import_module("megatron.training")
+    arguments = importlib.import_module("megatron.training.arguments")
+    argument_utils = importlib.import_module("megatron.training.argument_utils")
+    model_type = importlib.import_module("megatron.core.enums").ModelType.encoder_or_decoder
+    if not hasattr(argument_utils, "pretrain_cfg_container_from_args"):  # 0.17
+        training.pretrain(
+            datasets_provider,
+            model_provider,
+            model_type,
+            forward_step,
+            extra_args_provider=extra_args_provider,
+        )
+        return
+    args = arguments.parse_and_validate_args(extra_args_provider=extra_args_provider)
+    configured = argument_utils.pretrain_cfg_container_from_args
+    if not hasattr(argument_utils, "gpt_config_from_args"):  # 0.18
+        config = configured(args)
+        training.pretrain(config, datasets_provider, model_provider, model_type, forward_step)
+        return
+    config = configured(args, argument_utils.gpt_config_from_args(args))
+    training.pretrain(config, datasets_provider, model_type, forward_step)

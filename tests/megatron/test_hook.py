@@ -124,6 +124,7 @@ def _bound() -> list[Any]:
         getattr(versions.find(module, path), path.rpartition(".")[2]),
         DistributedOptimizer.__init__,
         dist_checkpointing.load,
+        training.calc_params_l2_norm,
     ]
 
 
