@@ -109,6 +109,13 @@ def find(module: str, path: str) -> Any:
             owner = getattr(owner, part)
         getattr(owner, attribute)
     except (ImportError, AttributeError) as problem:
+        missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
+        if missing and missing.partition(".")[0] != "megatron":
+            raise ImportError(
+                f"{module} of megatron-core {installed_version()} needs the package {missing}, "
+                "which is not installed; pip install 'megatron-flashoptim[train]' installs what "
+                "training needs"
+            ) from problem
         raise ImportError(
             f"megatron-flashoptim needs {module}.{path}, which megatron-core "
             f"{installed_version()} does not have ({problem}). Tested releases: "

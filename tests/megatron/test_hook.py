@@ -13,6 +13,8 @@ from ranks import run_ranks
 
 import megatron_flashoptim
 
+pytestmark = pytest.mark.smoke
+
 BASE = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 --max-position-embeddings 64 --micro-batch-size 1 --train-iters 2 --lr 1e-3 --bf16
 --use-distributed-optimizer --transformer-impl local --seed 77""".split()

@@ -88,6 +88,7 @@ def _build_with_foreign_layout() -> str:
     return ""
 
 
+@pytest.mark.smoke
 def test_foreign_layout_that_splits_groups_is_refused_with_what_to_do() -> None:
     for message in run_ranks(8, _build_with_foreign_layout):
         assert "would split quantization groups of 32 elements" in message
@@ -100,5 +101,6 @@ def _train_at_dp(world_size: int) -> list[float]:
     return tiny_gpt.build(tiny_gpt.Setup(hidden=72, layers=1)).train(2)
 
 
+@pytest.mark.smoke
 def test_own_layout_trains_at_dp_8() -> None:
     assert all(len(losses) == 2 for losses in run_ranks(8, _train_at_dp, 8))
