@@ -48,7 +48,8 @@ class Master:
             if self.shard.correction is not None:
                 master = join_master(master, self.shard.correction[elements])
             norms.append(torch.linalg.vector_norm(master, dtype=torch.float32))
-        return torch.linalg.vector_norm(torch.stack(norms)).reshape(1)
+        whole: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return whole.reshape(1)
 
 
 def remember(param: torch.nn.Parameter, master: Master) -> None:

@@ -231,7 +231,7 @@ def buffer_laid_out_for(factor: int, buffer_class: type) -> type:
             pads by its ``data_parallel_world_size`` while it is constructed.
     """
 
-    class LaidOutBuffer(buffer_class):  # type: ignore[misc]
+    class LaidOutBuffer(buffer_class):
         """Has more ranks while it is laid out."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
