@@ -15,6 +15,7 @@ from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
+from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class FlashChainedOptimizer(ChainedOptimizer):
             return False, None, None
         grad_norm = self.get_grad_norm()
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        if any(member.config.clip_grad > 0.0 for member in members):
+        clips = any(member.config.clip_grad > 0.0 for member in members)
+        if clips and versions.separate_grad_norm_groups():
             self._compute_grad_norms_by_group()
         too_large = False
         for member in members:
             if member.config.clip_grad > 0.0:
                 member.scale_to_norm(grad_norm, self.grad_norms_by_group)
-            threshold = member.config.grad_norm_skip_threshold
+            threshold = versions.grad_norm_skip_threshold(member.config)
             if math.isfinite(threshold) and bool(grad_norm > threshold):
                 message = f"step skipped: gradient norm {float(grad_norm)} above {threshold}"
                 log_single_rank(logger, logging.INFO, message)

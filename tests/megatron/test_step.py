@@ -124,6 +124,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_equals_stock_adamw_within_the_format(case: str) -> None:
     _assert_same_step(2, **CASES[case])

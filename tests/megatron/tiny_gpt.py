@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from megatron_flashoptim import (
     FlashOptimConfig,
     get_megatron_optimizer,
 )
+from megatron_flashoptim.megatron import versions
 
 VOCAB = 256
 SEQUENCE = 64
@@ -182,25 +184,7 @@ def build(setup: Setup) -> Trainer:
         num_distributed_optimizer_instances=setup.instances,
         check_for_nan_in_grad=False,
     )
-    layout_class = FlashDistributedOptimizer if setup.flash else DistributedOptimizer
-    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    layout = layout_class.compute_full_param_layout(
-        [p for p in model.parameters() if p.requires_grad],
-        setup.bucket_size if setup.overlap and pp_rank == 0 else None,
-        parallel_state.get_data_parallel_world_size(
-            with_context_parallel=True, partial_data_parallel=setup.instances > 1
-        ),
-        ddp_config,
-        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
-    )
-    chunks = [
-        DistributedDataParallel(
-            config,
-            ddp_config,
-            model,
-            full_param_layout=None if setup.foreign_layout else layout,
-        )
-    ]
+    chunks = [_wrap(setup, config, ddp_config, model)]
     config.finalize_model_grads_func = finalize_model_grads
     config.timers = None
     if setup.overlap:
@@ -228,6 +212,26 @@ def build(setup: Setup) -> Trainer:
         group["lr"] = group.get("max_lr") or optimizer_config.lr
         group["weight_decay"] = optimizer_config.weight_decay * group.get("wd_mult", 1.0)
     return Trainer(setup, chunks, optimizer, optimizer_config)
+
+
+def _wrap(setup: Setup, config: Any, ddp_config: Any, model: Any) -> Any:
+    """Wrap the model in DDP with the layout that its optimizer needs."""
+    if setup.foreign_layout or not versions.computes_layouts():
+        align = setup.flash is not None and not setup.foreign_layout
+        with FlashDistributedOptimizer.group_aligned_buffers() if align else nullcontext():
+            return DistributedDataParallel(config, ddp_config, model)
+    layout_class = FlashDistributedOptimizer if setup.flash else DistributedOptimizer
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    layout = layout_class.compute_full_param_layout(
+        [p for p in model.parameters() if p.requires_grad],
+        setup.bucket_size if setup.overlap and pp_rank == 0 else None,
+        parallel_state.get_data_parallel_world_size(
+            with_context_parallel=True, partial_data_parallel=setup.instances > 1
+        ),
+        ddp_config,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+    )
+    return DistributedDataParallel(config, ddp_config, model, full_param_layout=layout)
 
 
 @cache
