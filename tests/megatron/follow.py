@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from ranks import run_ranks
 
-STEPS = 5
+STEPS = 4
 OPTIMIZER = {"weight_decay": 1.0, "adam_eps": 1e-5, "clip_grad": 0.1}
 
 Trace = dict[str, Any]
@@ -69,37 +69,72 @@ def _trace(setup: Any) -> Trace:
                 parts[names[param], number] = {
                     "update": state["param"] - start[param][owned.start : owned.end],
                     "exp_avg": state["exp_avg"],
-                    "root of exp_avg_sq": state["exp_avg_sq"].sqrt(),
+                    "root": state["exp_avg_sq"].sqrt(),
                 }
     trainer.sync_params()
-    frozen = {
-        names[param]: not torch.equal(param.detach().float().view(-1), start[param])
-        for param in names
+    moved = [
+        name
+        for param, name in names.items()
         if not param.requires_grad
-    }
+        and not torch.equal(param.detach().float().view(-1), start[param])
+    ]
     losses, norms, zeros = ([step[kind] for step in steps] for kind in range(3))
-    return {"losses": losses, "norms": norms, "zeros": zeros, "parts": parts, "moved": frozen}
+    return {"losses": losses, "norms": norms, "zeros": zeros, "parts": parts, "moved": moved}
 
 
-def deviations(ranks: list[tuple[Trace, Trace]]) -> dict[str, Any]:
-    """Return relative differences: of losses and norms by step, and the worst L2 of each state."""
+# How far flash may part from stock within STEPS steps, and why not further: at step 1 state and
+# weights are equal, so that losses are the same bits and norms the same sum in another order. From
+# step 2 on bf16 weights differ where 24 bits round the other way, and from step 3 on by the 8-bit
+# moments. Largest seen over all cases of test_parallelism.py and test_overlap.py: dense 5e-5, 8e-4,
+# 0.046, 0.016 and 0.009; with experts, where a token near the border goes to another expert,
+# 1.4e-4, 9e-4, 0.053, 0.061 and 0.035.
+FIRST_NORM = 1e-5
+BOUNDS = {
+    False: {"losses": 1e-4, "norms": 2e-3, "update": 0.08, "exp_avg": 0.03, "root": 0.015},
+    True: {"losses": 3e-4, "norms": 2e-3, "update": 0.10, "exp_avg": 0.12, "root": 0.06},
+}
+
+
+def assert_follows(ranks: list[tuple[Trace, Trace]], *, experts: bool = False) -> None:
+    """Fail where flash parts from stock by more than its formats do, naming what and where.
+
+    Args:
+        ranks: what ``follow`` returned.
+        experts: the bounds are those of routed experts.
+    """
+    found = differences(ranks, experts=experts)
+    assert not found, "\n".join(found)
+
+
+def differences(ranks: list[tuple[Trace, Trace]], *, experts: bool) -> list[str]:
+    """Return what ``assert_follows`` fails on, each a line that begins with what differs."""
     ours, theirs = ranks[0]
-    found: dict[str, Any] = {
-        kind: [abs(a - b) / b for a, b in zip(ours[kind], theirs[kind], strict=True)]
-        for kind in ("losses", "norms")
-    }
-    found["zeros"] = [abs(a - b) for a, b in zip(ours["zeros"], theirs["zeros"], strict=True)]
+    assert all(norm > OPTIMIZER["clip_grad"] for norm in theirs["norms"]), "clipping must show"
+    bounds = {**BOUNDS[experts], "first losses": 0.0, "first norms": FIRST_NORM, "first zeros": 0.0}
+    found = []
+    for kind in ("losses", "norms", "zeros"):
+        for step, (got, want) in enumerate(zip(ours[kind], theirs[kind], strict=True)):
+            bound = bounds.get(f"first {kind}" if step == 0 else kind)
+            if bound is not None and abs(got - want) > bound * want:
+                found.append(f"{kind} at step {step + 1}: {got}, stock {want}")
+    moved = {name for rank in ranks for trace in rank for name in trace["moved"]}
+    found += [f"frozen {name} has moved" for name in sorted(moved)]
+    for (kind, name), relative in _relative_errors(ranks).items():
+        if relative > bounds[kind]:
+            found.append(f"{kind} of {name}: {relative:.3f} off, relative L2")
+    return found
+
+
+def _relative_errors(ranks: list[tuple[Trace, Trace]]) -> dict[tuple[str, str], float]:
+    """Return the relative L2 error of each part of the state over all ranks."""
     sums: dict[tuple[str, str], list[float]] = {}
     for flash, stock in ranks:
         assert flash["parts"].keys() == stock["parts"].keys()
-        for (name, _), state in stock["parts"].items():
+        for (name, member), state in stock["parts"].items():
             for kind, want in state.items():
-                got = flash["parts"][name, _][kind]
+                error = flash["parts"][name, member][kind] - want
                 entry = sums.setdefault((kind, name), [0.0, 0.0])
-                entry[0] += float((got - want).square().sum())
+                entry[0] += float(error.square().sum())
                 entry[1] += float(want.square().sum())
-    for (kind, name), (error, size) in sums.items():
-        relative = (error / size) ** 0.5 if size else float(error > 0)
-        if relative >= found.get(kind, (0.0, ""))[0]:
-            found[kind] = (relative, name)
-    return found
+    # A parameter without gradients has no moments in either.
+    return {key: (error / (size or 1.0)) ** 0.5 for key, (error, size) in sums.items()}
