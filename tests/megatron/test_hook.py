@@ -71,7 +71,10 @@ REFUSED = {
     "--non-persistent-ckpt-type local": ("--non-persistent-ckpt-type local", "use global"),
     "--qk-clip": ("--qk-clip", "drop the flag"),
     "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
-    "--overlap-param-gather-with-optimizer-step": ("--overlap-param-gather-with", "drop the flag"),
+    "--optimizer-cuda-graph --overlap-param-gather-with-optimizer-step": (
+        "--overlap-param-gather-with-optimizer-step",
+        "drop one",
+    ),
     "--ckpt-format torch_dcp": ("--ckpt-format", "torch_dist or torch"),
     "--flash-master-bits 16": ("--flash-master-bits 16", "--flash-master-rounding stochastic"),
     "--flash-master-bits 20": ("--flash-master-bits", "choose from 16, 24, 32"),

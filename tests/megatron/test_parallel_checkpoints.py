@@ -18,6 +18,15 @@ STOCHASTIC = FlashOptimConfig(rounding="stochastic", master_rounding="stochastic
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "interleaved pipeline": (2, {**VIRTUAL, "flash": STOCHASTIC}),
     "interleaved pipeline, experts": (4, {**VIRTUAL, "ep": 2, "experts": 4}),
+    "param gather with optimizer step": (
+        4,
+        {
+            **VIRTUAL,
+            "overlap": True,
+            "optimizer": {"overlap_param_gather_with_optimizer_step": True},
+            "flash": STOCHASTIC,
+        },
+    ),
     "context": (2, {"cp": 2, "layers": 1}),
     "expert tensor": (
         4,
