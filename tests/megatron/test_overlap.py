@@ -16,57 +16,101 @@ from ranks import run_ranks
 VIRTUAL = {"pp": 2, "vp": 2, "layers": 4, "microbatches": 2}
 BUCKETS = {"bucket_size": 30_000}  # several, so that one is computed on while others travel
 EARLY = {"overlap_param_gather_with_optimizer_step": True}
-# Number of ranks, the model, and the option.
-CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "grad reduce": (2, {**BUCKETS}, {"ddp": {"overlap_grad_reduce": True}}),
-    "grad reduce, param gather": (2, {**BUCKETS, "microbatches": 2}, {"overlap": True}),
-    "experts": (4, {**BUCKETS, "ep": 2, "experts": 4, "layers": 1}, {"overlap": True}),
-    "optimizer instances": (4, {**BUCKETS, "instances": 2, "layers": 1}, {"overlap": True}),
-    "interleaved pipeline": (4, {**BUCKETS, **VIRTUAL}, {"overlap": True}),
+# Number of ranks, the model, the option, and which of ``_facts`` it changes.
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
+    "grad reduce": (2, BUCKETS, {"ddp": {"overlap_grad_reduce": True}}, "buckets"),
+    "grad reduce, param gather": (
+        2,
+        {**BUCKETS, "microbatches": 2},
+        {"overlap": True},
+        "gathers in the forward pass",
+    ),
+    "experts": (
+        4,
+        {**BUCKETS, "ep": 2, "experts": 4, "layers": 1},
+        {"overlap": True},
+        "gathers in the forward pass",
+    ),
+    "optimizer instances": (
+        4,
+        {**BUCKETS, "instances": 2, "layers": 1},
+        {"overlap": True},
+        "buckets",
+    ),
+    "interleaved pipeline": (4, {**BUCKETS, **VIRTUAL}, {"overlap": True}, "buckets"),
     "interleaved pipeline, aligned param gather": (
         4,
         {**BUCKETS, **VIRTUAL},
         {"overlap": True, "ddp": {"align_param_gather": True}},
+        "gathers by the schedule",
     ),
-    "param gather with optimizer step": (4, VIRTUAL, {"overlap": True, "optimizer": EARLY}),
+    "param gather with optimizer step": (
+        4,
+        VIRTUAL,
+        {"overlap": True, "optimizer": EARLY},
+        "chunks in flight after a step",
+    ),
     "aligned param gather with optimizer step": (
         4,
         VIRTUAL,
         {"overlap": True, "optimizer": EARLY, "ddp": {"align_param_gather": True}},
+        "chunks in flight after a step",
     ),
     "buckets padded for high busbw": (
         2,
-        {**BUCKETS},
+        BUCKETS,
         {"overlap": True, "ddp": {"pad_buckets_for_high_nccl_busbw": True}},
+        "padded to 2^16",
     ),
     "reduce-scatter with fp32 accumulation": (
         2,
         {**BUCKETS, "grads_in_fp32": False},
         {"overlap": True, "ddp": {"reduce_scatter_with_fp32_accumulation": True}},
+        "reduce-scatter",
     ),
 }
 
 
-def _trained(steps: int, **options: Any) -> tuple[list[float], Any]:
-    """Return losses, and this rank's weights and state in model space."""
+def _facts(trainer: Any) -> dict[str, Any]:
+    """Return what shows that an option is in force, after a step."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    groups = [c.bucket_groups + c.expert_parallel_bucket_groups for c in trainer.model]
+    sizes = [b.grad_data.numel() for chunk in groups for g in chunk for b in g.buckets]
+    return {
+        "buckets": len(sizes),
+        "padded to 2^16": all(size % 2**16 == 0 for size in sizes),
+        "gathers in the forward pass": trainer.model[0].use_forward_hook,
+        "gathers by the schedule": trainer.model[0].config.param_sync_func is not None,
+        "chunks in flight after a step": [
+            any(group.param_gather_handle is not None for group in chunk) for chunk in groups
+        ],
+        "reduce-scatter": param_and_grad_buffer.dist_reduce_scatter_func.__name__,
+    }
+
+
+def _trained(steps: int, **options: Any) -> tuple[list[float], Any, dict[str, Any]]:
+    """Return losses, this rank's weights and state in model space, and facts."""
     import checkpoints
     import tiny_gpt
 
     # Never clipped: the norm's fp32 sum depends on where buckets end.
     options["optimizer"] = {"clip_grad": 1e9, **options.get("optimizer", {})}
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
-    return trainer.train(steps), checkpoints.in_model_space(trainer)
+    losses, facts = trainer.train(steps), _facts(trainer)
+    return losses, checkpoints.in_model_space(trainer), facts
 
 
 def _assert_same_bits(
-    world_size: int, model: dict[str, Any], option: dict[str, Any], steps: int = 4
+    world_size: int, model: dict[str, Any], option: dict[str, Any], fact: str, steps: int = 4
 ) -> None:
     from checkpoints import assert_same, joined
 
     plain = run_ranks(world_size, _trained, steps, **model)
     with_option = run_ranks(world_size, _trained, steps, **model, **option)
-    assert [losses for losses, _ in with_option] == [losses for losses, _ in plain]
-    ours, theirs = (joined([pieces for _, pieces in ranks]) for ranks in (with_option, plain))
+    assert with_option[0][2][fact] != plain[0][2][fact], "the option must be in force"
+    assert [losses for losses, _, _ in with_option] == [losses for losses, _, _ in plain]
+    ours, theirs = (joined([pieces for _, pieces, _ in ranks]) for ranks in (with_option, plain))
     assert_same(ours, theirs)
 
 
@@ -77,7 +121,7 @@ def test_option_changes_no_bit(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_option_follows_stock(case: str) -> None:
-    world_size, model, option = CASES[case]
+    world_size, model, option, _ = CASES[case]
     assert_follows(follow(world_size, **model, **option), experts="experts" in model)
 
 
@@ -85,4 +129,5 @@ def test_experts_are_stepped_before_the_first_chunk_is_gathered() -> None:
     """Stock is no reference: it gathers experts of the first chunk before it steps them."""
     experts = {"ep": 2, "experts": 4}
     option = {"overlap": True, "optimizer": EARLY}
-    _assert_same_bits(8, {**VIRTUAL, **experts}, option, steps=3)
+    fact = "chunks in flight after a step"
+    _assert_same_bits(8, {**VIRTUAL, **experts}, option, fact, steps=3)
