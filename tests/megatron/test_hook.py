@@ -92,6 +92,15 @@ def test_unsupported_combination_is_one_clear_error_at_parsing(flags: str) -> No
         assert part in message
 
 
+def test_overlap_options_are_accepted_together() -> None:
+    flags = """--overlap-grad-reduce --overlap-param-gather --use-nccl-ub
+    --overlap-param-gather-with-optimizer-step --no-align-param-gather --ckpt-format torch
+    --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
+    --ddp-num-buckets 4 --num-distributed-optimizer-instances 2""".split()
+    (parsed,) = _in_fork(_fields, "--optimizer", "flash_adamw", *flags)
+    assert parsed["flash"] is not None
+
+
 def test_flash_adamw_needs_the_distributed_optimizer() -> None:
     base = [flag for flag in BASE if flag != "--use-distributed-optimizer"]
     (message,) = _in_fork(_parse, "--optimizer", "flash_adamw", base=base)

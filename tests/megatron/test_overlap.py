@@ -68,6 +68,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
         {"overlap": True, "ddp": {"reduce_scatter_with_fp32_accumulation": True}},
         "reduce-scatter",
     ),
+    # Gradients of experts are scaled before the collective then. All factors are powers of 2.
+    "average in the collective": (
+        4,
+        {"ep": 2, "experts": 4, "layers": 1},
+        {"ddp": {"average_in_collective": True}},
+        "scaling before the collective",
+    ),
 }
 
 
@@ -80,6 +87,7 @@ def _facts(trainer: Any) -> dict[str, Any]:
     return {
         "buckets": len(sizes),
         "padded to 2^16": all(size % 2**16 == 0 for size in sizes),
+        "scaling before the collective": trainer.model[0].buffers[0].gradient_scaling_factor,
         "gathers in the forward pass": trainer.model[0].use_forward_hook,
         "gathers by the schedule": trainer.model[0].config.param_sync_func is not None,
         "chunks in flight after a step": [
@@ -123,6 +131,16 @@ def test_option_changes_no_bit(case: str) -> None:
 def test_option_follows_stock(case: str) -> None:
     world_size, model, option, _ = CASES[case]
     assert_follows(follow(world_size, **model, **option), experts="experts" in model)
+
+
+def test_gradients_accumulated_in_fp32_beside_bf16_buffers_follow_stock() -> None:
+    """Bits change here: that is what the option is for."""
+    patterns = {"param_name_patterns_for_fp32_local_accumulation": ("*linear*",)}
+    model = {**BUCKETS, "grads_in_fp32": False, "microbatches": 4}
+    (with_option, _, _), *_ = run_ranks(2, _trained, 3, **model, ddp=patterns)
+    (without, _, _), *_ = run_ranks(2, _trained, 3, **model)
+    assert with_option[1:] != without[1:], "the option must be in force"
+    assert_follows(follow(2, **model, overlap=True, ddp=patterns))
 
 
 def test_experts_are_stepped_before_the_first_chunk_is_gathered() -> None:

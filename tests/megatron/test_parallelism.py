@@ -2,8 +2,9 @@
 
 Attention across context-parallel ranks is Transformer Engine's, which needs a GPU; here keys and
 values are gathered (``context_parallel.py``) and all else is Megatron's. Experts are sequential:
-Megatron's grouped experts are Transformer Engine's modules too, and refuse to be built without it.
-With expert tensor parallelism tokens are padded to a capacity, since gloo gathers equal sizes only.
+grouped ones are Transformer Engine's too, and without it ``--moe-grouped-gemm`` builds sequential
+ones. With expert tensor parallelism tokens are padded to a capacity, since gloo gathers equal
+sizes only.
 """
 
 from __future__ import annotations
