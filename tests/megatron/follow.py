@@ -85,13 +85,14 @@ def _trace(setup: Any) -> Trace:
 # How far flash may part from stock within STEPS steps, and why not further: at step 1 state and
 # weights are equal, so that losses are the same bits and norms the same sum in another order. From
 # step 2 on bf16 weights differ where 24 bits round the other way, and from step 3 on by the 8-bit
-# moments. Largest seen over all cases of test_parallelism.py and test_overlap.py: dense 5e-5, 8e-4,
-# 0.046, 0.016 and 0.009; with experts, where a token near the border goes to another expert,
-# 1.4e-4, 9e-4, 0.053, 0.061 and 0.035.
+# moments. The bounds, in the order below, are about twice the largest seen over all cases of
+# test_parallelism.py and test_overlap.py: dense 4.9e-5, 5.4e-4, 0.040, 0.013 and 0.008; with experts,
+# where a token near the border goes to another expert, 1.4e-4, 7.9e-4, 0.050, 0.050 and 0.037. For
+# scale, two exact runs whose learning rates differ by 1 %: 2.8e-4, 9.4e-4, 0.012, 0.017 and 0.007.
 FIRST_NORM = 1e-5
 BOUNDS = {
-    False: {"losses": 1e-4, "norms": 2e-3, "update": 0.08, "exp_avg": 0.03, "root": 0.015},
-    True: {"losses": 3e-4, "norms": 2e-3, "update": 0.10, "exp_avg": 0.12, "root": 0.06},
+    False: {"losses": 1e-4, "norms": 1.5e-3, "update": 0.08, "exp_avg": 0.03, "root": 0.015},
+    True: {"losses": 3e-4, "norms": 2e-3, "update": 0.10, "exp_avg": 0.10, "root": 0.07},
 }
 
 
