@@ -86,9 +86,9 @@ def _trace(setup: Any) -> Trace:
 # weights are equal, so that losses are the same bits and norms the same sum in another order. From
 # step 2 on bf16 weights differ where 24 bits round the other way, and from step 3 on by the 8-bit
 # moments. The bounds, in the order below, are about twice the largest seen over all cases of
-# test_parallelism.py and test_overlap.py: dense 4.9e-5, 5.4e-4, 0.040, 0.013 and 0.008; with experts,
-# where a token near the border goes to another expert, 1.4e-4, 7.9e-4, 0.050, 0.050 and 0.037. For
-# scale, two exact runs whose learning rates differ by 1 %: 2.8e-4, 9.4e-4, 0.012, 0.017 and 0.007.
+# test_parallelism.py and test_overlap.py: dense 4.9e-5, 5.4e-4, 0.040, 0.013 and 0.008; with
+# experts, where a token near the border goes to another, 1.4e-4, 7.9e-4, 0.050, 0.050 and 0.037.
+# For scale, two exact runs whose learning rates differ by 1 %: 2.8e-4, 9.4e-4, 0.012, 0.017, 0.007.
 FIRST_NORM = 1e-5
 BOUNDS = {
     False: {"losses": 1e-4, "norms": 1.5e-3, "update": 0.08, "exp_avg": 0.03, "root": 0.015},
