@@ -163,11 +163,22 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """Load what ``sharded_state_dict`` or ``state_dict`` of such a chain became.
 
         Raises:
-            ValueError: the state is of another optimizer or format, or has other param groups.
+            ValueError: the state is of another optimizer or format, has other param groups, or,
+                in the legacy format, is that of another number of optimizers.
         """
         if isinstance(state_dict, dict) and _STOCK in state_dict:
             self._load_stock(state_dict)
             return
+        own = len(self.chained_optimizers)
+        saved = len(state_dict) if isinstance(state_dict, list) else own
+        if "optimizer" in state_dict and _MERGED not in state_dict:
+            saved = 1
+        if saved != own:
+            raise ValueError(
+                f"the checkpoint holds the state of {saved} optimizers, this run has {own}: one "
+                "more with --expert-model-parallel-size above 1, and with "
+                "--overlap-param-gather-with-optimizer-step; give both as in the run that saved it"
+            )
         if not isinstance(state_dict, dict) or _MERGED not in state_dict:
             super().load_state_dict(state_dict)
             return

@@ -72,3 +72,29 @@ def test_resumed_training_is_the_same_bits_in_every_format(case: str, tmp_path: 
         assert len(expected["state"]) > 0
         for state in states.values():
             assert_same_state(state, expected)
+
+
+def _load_errors(folder: Path, *, early: bool) -> str:
+    """Save in the legacy format with or without one option, and load the other way round."""
+    import checkpoints
+    import tiny_gpt
+
+    def build(with_option: bool) -> Any:
+        options = {"overlap_param_gather_with_optimizer_step": with_option}
+        setup = tiny_gpt.Setup(**VIRTUAL, overlap=True, optimizer=options)
+        return tiny_gpt.build(setup)
+
+    checkpoints.save(build(early), folder, checkpoints.LEGACY)
+    try:
+        checkpoints.load(build(not early), folder)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_state_of_another_number_of_optimizers_is_refused(early: bool, tmp_path: Path) -> None:
+    saved, own = (2, 1) if early else (1, 2)
+    for message in run_ranks(2, _load_errors, tmp_path, early=early):
+        assert f"state of {saved} optimizers, this run has {own}" in message
+        assert "--overlap-param-gather-with-optimizer-step" in message
