@@ -73,7 +73,10 @@ REFUSED = {
     "--non-persistent-ckpt-type local": ("--non-persistent-ckpt-type local", "use global"),
     "--qk-clip": ("--qk-clip", "drop the flag"),
     "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
-    "--overlap-param-gather-with-optimizer-step": ("--overlap-param-gather-with", "drop the flag"),
+    "--optimizer-cuda-graph --overlap-param-gather-with-optimizer-step": (
+        "--overlap-param-gather-with-optimizer-step",
+        "drop one",
+    ),
     "--ckpt-format torch_dcp": ("--ckpt-format", "torch_dist or torch"),
     "--flash-master-bits 16": ("--flash-master-bits 16", "--flash-master-rounding stochastic"),
     "--flash-master-bits 20": ("--flash-master-bits", "choose from 16, 24, 32"),
@@ -89,6 +92,15 @@ def test_unsupported_combination_is_one_clear_error_at_parsing(flags: str) -> No
     assert "\n" not in message
     for part in REFUSED[flags]:
         assert part in message
+
+
+def test_overlap_options_are_accepted_together() -> None:
+    flags = """--overlap-grad-reduce --overlap-param-gather --use-nccl-ub
+    --overlap-param-gather-with-optimizer-step --no-align-param-gather --ckpt-format torch
+    --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
+    --ddp-num-buckets 4 --num-distributed-optimizer-instances 2""".split()
+    (parsed,) = _in_fork(_fields, "--optimizer", "flash_adamw", *flags)
+    assert parsed["flash"] is not None
 
 
 def test_flash_adamw_needs_the_distributed_optimizer() -> None:
