@@ -25,17 +25,17 @@ from typing import Any
 
 import torch
 from exact_adamw import use_as_megatrons_adam
-from megatron.core import mpu
 from megatron.core import optimizer as optimizer_factory
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training import get_args, pretrain, training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training import get_args, training
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.live_memory import optimizer_bytes
 
 # What training built, for the memory report.
@@ -88,9 +88,44 @@ def forward_step(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> 
     return output, partial(loss_func, batch["loss_mask"])
 
 
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    **_: Any,
+) -> Any:
+    """Build the GPT; for releases of Megatron that do not build it from the arguments."""
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            vp_stage=vp_stage,
+        ),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """Build the train, validation and test datasets on every rank."""
     args = get_args()
+    if args.context_parallel_size > 1:
+        raise SystemExit(
+            "scripts/pretrain_gpt.py takes --context-parallel-size 1; use Megatron-LM's "
+            "pretrain_gpt.py under the same launcher for context parallelism"
+        )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -113,11 +148,13 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def remember_what_is_built() -> None:
-    """Keep the optimizer and model that ``pretrain`` builds, for the memory report."""
+def watch_what_is_built() -> None:
+    """Take the resumable Adam if asked to, and keep what is built for the memory report."""
     build = training.get_megatron_optimizer
 
     def build_and_remember(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        if get_args().resumable_adam and optimizer_factory.USING_PYTORCH_OPTIMIZER:
+            use_as_megatrons_adam()
         optimizer = build(config, model_chunks, *args, **kwargs)
         _built.append((optimizer, model_chunks))
         return optimizer
@@ -145,17 +182,9 @@ def write_memory_report(path: str) -> None:
 
 def main() -> None:
     """Parse Megatron's arguments and train."""
-    args = parse_and_validate_args(extra_args_provider=add_arguments)
-    if args.context_parallel_size > 1 or mpu.is_initialized():
-        raise SystemExit(
-            "scripts/pretrain_gpt.py takes --context-parallel-size 1; use Megatron-LM's "
-            "pretrain_gpt.py under the same launcher for context parallelism"
-        )
-    if args.resumable_adam and optimizer_factory.USING_PYTORCH_OPTIMIZER:
-        use_as_megatrons_adam()
-    remember_what_is_built()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    watch_what_is_built()
+    versions.pretrain(datasets_provider, model_provider, forward_step, add_arguments)
+    args = get_args()
     if args.memory_report:
         write_memory_report(args.memory_report)
     if torch.distributed.is_initialized():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -20,3 +22,8 @@ def megatron() -> None:
 
         cpu.enable()
     import megatron.training.training  # noqa: F401  (imported for the forked ranks)
+
+    from megatron_flashoptim.megatron.versions import installed_version
+
+    wanted = os.environ.get("FLASHOPTIM_MEGATRON_CORE", installed_version())
+    assert installed_version() == wanted, "scripts/test_versions.sh put another release on the path"

@@ -30,8 +30,8 @@ from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox
 from megatron_flashoptim.optim.config import FlashOptimConfig
 
-# Elements of a part, which is what an interruption loses.
-_PART = 1 << 26
+# Elements of a part: what an interruption loses, and what torch's writer holds until it is on disk.
+_PART = 1 << 25
 # Files of a checkpoint folder that are written anew.
 _OWN_FILES = {".metadata", "metadata.json", "common.pt", INTEGRITY_FNAME}
 # Bytes on disk beside an item's data: torch's archive around it.

@@ -250,15 +250,14 @@ def _verify(work: Path, written: list[_Written], progress: Callable[[str, int, i
 
     total = sum(each.box.numel() for each in written)
     done = 0
-    for name in sorted({each.tensor.file for each in written}):
-        with safe_open(work / name, framework="pt") as file:
-            for each in written:
-                if each.tensor.file != name:
-                    continue
-                key, box = each.tensor.key, each.box
-                inside = tuple(slice(a, a + b) for a, b in zip(box.offset, box.shape, strict=True))
-                found = file.get_slice(key)[inside] if inside else file.get_tensor(key)
-                if content_hash(found) != each.hash:
-                    raise ValueError(f"{key} in {work / name} reads otherwise than written")
-                done += box.numel()
-                progress("verifying", done, total)
+    for each in written:
+        key, box = each.tensor.key, each.box
+        inside = tuple(slice(a, a + b) for a, b in zip(box.offset, box.shape, strict=True))
+        # Opened each time: pages of a mapped file count as this process's memory.
+        with safe_open(work / each.tensor.file, framework="pt") as file:
+            found = file.get_slice(key)[inside] if inside else file.get_tensor(key)
+            if content_hash(found) != each.hash:
+                raise ValueError(f"{key} in {work / each.tensor.file} reads otherwise than written")
+            del found
+        done += box.numel()
+        progress("verifying", done, total)

@@ -15,6 +15,7 @@ from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
+from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class FlashChainedOptimizer(ChainedOptimizer):
             return False, None, None
         grad_norm = self.get_grad_norm()
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        if any(member.config.clip_grad > 0.0 for member in members):
+        clips = any(member.config.clip_grad > 0.0 for member in members)
+        if clips and versions.separate_grad_norm_groups():
             self._compute_grad_norms_by_group()
         too_large = False
         for member in members:
             if member.config.clip_grad > 0.0:
                 member.scale_to_norm(grad_norm, self.grad_norms_by_group)
-            threshold = member.config.grad_norm_skip_threshold
+            threshold = versions.grad_norm_skip_threshold(member.config)
             if math.isfinite(threshold) and bool(grad_norm > threshold):
                 message = f"step skipped: gradient norm {float(grad_norm)} above {threshold}"
                 log_single_rank(logger, logging.INFO, message)
@@ -74,6 +76,27 @@ class FlashChainedOptimizer(ChainedOptimizer):
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         success = not too_large and self.step_with_ready_grads()
         return success, grad_norm, zeros
+
+    def _step(self) -> bool:
+        """Step all members; gather the first model chunk while later ones are being stepped.
+
+        The latter with ``--overlap-param-gather-with-optimizer-step``, for which the first member
+        is the first chunk's and the next ones are the others' and that of all chunks' experts.
+        Megatron gathers the first chunk once the first member has stepped, its experts too, which
+        are then overwritten or used as they were (seen in 0.19.2). Here they are stepped first.
+        """
+        if not self.config.overlap_param_gather_with_optimizer_step:
+            return bool(super()._step())
+        first_chunk = self.model_chunks[0]
+        early = [first_chunk in member.model_chunks for member in self.chained_optimizers]
+        success = True
+        for before_the_gather in (True, False):
+            for member, is_early in zip(self.chained_optimizers, early, strict=True):
+                if is_early == before_the_gather:
+                    success &= bool(member.step_with_ready_grads())
+            if before_the_gather:
+                first_chunk.start_param_sync(force_dispatch=True)
+        return success
 
     @torch.no_grad()
     def get_grad_norm(self) -> torch.Tensor:
@@ -143,11 +166,22 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """Load what ``sharded_state_dict`` or ``state_dict`` of such a chain became.
 
         Raises:
-            ValueError: the state is of another optimizer or format, or has other param groups.
+            ValueError: the state is of another optimizer or format, has other param groups, or,
+                in the legacy format, is that of another number of optimizers.
         """
         if isinstance(state_dict, dict) and _STOCK in state_dict:
             self._load_stock(state_dict)
             return
+        own = len(self.chained_optimizers)
+        saved = len(state_dict) if isinstance(state_dict, list) else own
+        if "optimizer" in state_dict and metadata.MERGED not in state_dict:
+            saved = 1
+        if saved != own:
+            raise ValueError(
+                f"the checkpoint holds the state of {saved} optimizers, this run has {own}: one "
+                "more with --expert-model-parallel-size above 1, and with "
+                "--overlap-param-gather-with-optimizer-step; give both as in the run that saved it"
+            )
         if not isinstance(state_dict, dict) or metadata.MERGED not in state_dict:
             super().load_state_dict(state_dict)
             return

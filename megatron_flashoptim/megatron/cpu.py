@@ -9,6 +9,7 @@ the identity here, where a GPU would copy.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import os
@@ -120,6 +121,7 @@ def _device_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         if "device" in kwargs:
             device = kwargs["device"]
             kwargs["device"] = _CPU if isinstance(device, int) else _to_cpu(device)
+        kwargs.pop("pin_memory", None)  # which needs a driver
         return function(*map(_to_cpu, args), **kwargs)
 
     return redirected
@@ -178,6 +180,25 @@ def _redirect_cuda_module() -> None:
     cuda.memory_stats = lambda *_: {}
 
 
+def _let_norms_be_sequence_parallel(norm_class: Any) -> None:
+    """Flag weights of torch's norms as Transformer Engine and Apex do.
+
+    Megatron's wrapper refuses ``--sequence-parallel``, because gradients of norms must then be
+    summed over tensor-parallel ranks. Megatron does that for flagged parameters.
+    """
+    make = norm_class.__new__
+
+    def flagged(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = make(cls, plain, *args, **kwargs)
+        for param in norm.parameters():
+            param.sequence_parallel = config.sequence_parallel
+        return norm
+
+    norm_class.__new__ = flagged
+
+
 def _patch_megatron() -> None:
     """Replace the few Megatron functions that no redirection of torch can reach."""
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -185,6 +206,8 @@ def _patch_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_if_moved_to_cpu
+    norms: Any = importlib.import_module("megatron.core.transformer.torch_norm")
+    _let_norms_be_sequence_parallel(norms.WrappedTorchNorm)
     init_process_group = torch.distributed.init_process_group
 
     @functools.wraps(init_process_group)

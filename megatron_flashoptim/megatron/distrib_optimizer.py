@@ -16,27 +16,24 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    GRAD_NORM_GROUP_ATTR,
-    SEPARATE_GRAD_NORM_GROUPS,
-)
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.param_layout import FullParamLayout
-from megatron.core.tensor_parallel import (
-    param_is_not_gtp_duplicate,
-    param_is_not_tensor_parallel_duplicate,
-)
-from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.checkpointing import FlashCheckpointing
 from megatron_flashoptim.megatron.grad_stats import GradRuns, ShardParam
-from megatron_flashoptim.megatron.layout import check_group_alignment, compute_group_aligned_layout
+from megatron_flashoptim.megatron.layout import (
+    check_group_alignment,
+    compute_group_aligned_layout,
+    group_aligned_buffers,
+)
+from megatron_flashoptim.megatron.params_norm import Master, remember
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
 
+@versions.also_under_older_names
 class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
     """Data-parallel sharded AdamW that keeps 3.125 bytes of state per owned parameter.
 
@@ -68,11 +65,12 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         flash: FlashOptimConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        versions.check()
         self.flash = flash or FlashOptimConfig()
         check_configs(config, model_chunks)
         inner = None if optimizer is None else self._make_inner(optimizer, config)
         super().__init__(
-            inner,
+            optimizer,
             config,
             grad_scaler,
             _no_state_to_init,
@@ -86,6 +84,11 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         self._runs: dict[str | None, GradRuns] = {}
         self._every_run: GradRuns | None = None
         if not self.is_stub_optimizer:
+            assert inner is not None
+            # Only now, since the base class may take no optimizers but those it knows.
+            for own, group in zip(inner.param_groups, self.optimizer.param_groups, strict=True):
+                own["params"] = group["params"]  # cut to this rank
+            self.optimizer = inner
             self._build_shards()
 
     def _make_inner(
@@ -114,8 +117,16 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         data_parallel_world_size: int,
         ddp_config: Any,
         expert_data_parallel_world_size: int | None = None,
-    ) -> FullParamLayout:
-        """Return Megatron's layout with every shard a whole number of quantization groups."""
+    ) -> Any:
+        """Return Megatron's ``FullParamLayout`` with every shard a whole number of groups.
+
+        Raises:
+            ImportError: this release of Megatron lays buffers out as it makes them; build DDP
+                within ``group_aligned_buffers()``.
+        """
+        versions.check_layout_can_be_computed(
+            "build DistributedDataParallel within FlashDistributedOptimizer.group_aligned_buffers()"
+        )
         return compute_group_aligned_layout(
             inspect.unwrap(DistributedOptimizer.compute_full_param_layout),  # under install()
             params,
@@ -124,6 +135,9 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
             ddp_config,
             expert_data_parallel_world_size,
         )
+
+    # For DDP that is made without a layout: ``with ...group_aligned_buffers(): model = DDP(...)``.
+    group_aligned_buffers = staticmethod(group_aligned_buffers)
 
     @classmethod
     def _build_model_and_main_param_groups(
@@ -142,7 +156,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         model_float16, model_fp32, shard_float16, shard_fp32, main = groups
         for model_group, shard_group in zip(model_float16, shard_float16, strict=True):
             for model_param, shard_param in zip(model_group, shard_group, strict=True):
-                # The bf16 view is the high part of the master: what the params norm reads.
+                # The bf16 view is the high part of the master.
                 model_param.main_param = shard_param
         return model_float16, model_fp32, shard_float16, shard_fp32, [[] for _ in main]
 
@@ -163,7 +177,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
                 )
                 for local, param_range, param in located:
                     group_index = self.model_param_group_index_map[param][0]
-                    norm_group = getattr(param, GRAD_NORM_GROUP_ATTR, None)
+                    norm_group = versions.grad_norm_group(param)
                     row = rows.setdefault((group_index, norm_group), len(rows))
                     segments.append(
                         Segment(
@@ -184,6 +198,8 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
                         )
                     )
                 shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash))
+        for item in self.shard_params:
+            remember(item.param, Master(shards[item.shard], item.start, item.end))
         # Not a buffer's device: a rank whose parameters are all frozen has no buffer.
         device = torch.device(torch.cuda.current_device())
         self.optimizer.attach(shards, [group_index for group_index, _ in rows], device)
@@ -221,7 +237,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         handle = torch.nn.Parameter(torch.zeros_like(scale[row : row + 1]))
         handle.grad = scale[row : row + 1]
         if norm_group is not None:
-            setattr(handle, GRAD_NORM_GROUP_ATTR, norm_group)
+            setattr(handle, versions.grad_norm_group_attribute(), norm_group)
         return handle
 
     def get_parameters(self) -> list[torch.nn.Parameter]:
@@ -236,8 +252,8 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         if norm_group not in self._runs:
 
             def counts(param: torch.nn.Parameter) -> bool:
-                own_group = getattr(param, GRAD_NORM_GROUP_ATTR, None)
-                if own_group not in SEPARATE_GRAD_NORM_GROUPS:
+                own_group = versions.grad_norm_group(param)
+                if own_group not in versions.separate_grad_norm_groups():
                     own_group = None
                 return own_group == norm_group and self._counts_on_this_rank(param)
 
@@ -246,14 +262,10 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         return self._runs[norm_group]
 
     def _counts_on_this_rank(self, param: torch.nn.Parameter) -> bool:
-        return bool(
-            param_is_not_shared(param)
-            and param_is_not_tensor_parallel_duplicate(
-                param,
-                tp_group=getattr(self, "tp_group", None),
-                expert_tp_group=getattr(self, "expert_tp_group", None),
-            )
-            and param_is_not_gtp_duplicate(param)
+        return versions.counts_on_this_rank(
+            param,
+            tp_group=getattr(self, "tp_group", None),
+            expert_tp_group=getattr(self, "expert_tp_group", None),
         )
 
     def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[torch.Tensor]:
@@ -294,7 +306,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
 
         main = coefficient(grad_norm)
         for handle in self._clip_handles:
-            norm = by_group.get(getattr(handle, GRAD_NORM_GROUP_ATTR, None))
+            norm = by_group.get(versions.grad_norm_group(handle))
             assert handle.grad is not None
             handle.grad.mul_(main if norm is None else coefficient(norm))
 
@@ -303,7 +315,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         device = torch.device(torch.cuda.current_device())
         zeros = torch.zeros((), dtype=torch.int64, device=device)
         if not self.is_stub_optimizer:
-            for norm_group in (None, *SEPARATE_GRAD_NORM_GROUPS):
+            for norm_group in (None, *versions.separate_grad_norm_groups()):
                 zeros = zeros + self._grad_runs(norm_group).count_zeros(device)
         torch.distributed.all_reduce(zeros, group=self.get_grad_stats_parallel_group())
         return int(zeros.item())

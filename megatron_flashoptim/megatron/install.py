@@ -1,24 +1,23 @@
 """install() and uninstall(): every name of Megatron that the plugin binds, in one place.
 
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
-``get_megatron_optimizer``, ``DistributedOptimizer.compute_full_param_layout`` (shards of whole
-quantization groups), ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash
-optimizer was asked for), ``dist_checkpointing.load`` (names damaged files) and the bytes in
-Megatron's theoretical memory figures. All do what Megatron does unless ``--optimizer`` names a
-flash optimizer; ``--report-theoretical-memory`` prints those figures for any optimizer. The name
-``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too, but only while a flash
-optimizer is being built (``megatron.factory``).
+``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
+``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
+``dist_checkpointing.load`` (names damaged files), the training loop's ``calc_params_l2_norm``
+(sums in fp32) and the bytes in Megatron's theoretical memory figures. All do what Megatron does
+unless ``--optimizer`` names a flash optimizer; ``--report-theoretical-memory`` prints those figures
+for any optimizer. The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too,
+but only while a flash optimizer is being built (``megatron.factory``).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_flashoptim.megatron.versions import installed_version
+from megatron_flashoptim.megatron import versions
 
 _MARK = "_megatron_flashoptim_binding"
 
@@ -45,17 +44,7 @@ class Binding:
         Raises:
             ImportError: names the installed megatron-core and what it lacks.
         """
-        try:
-            owner: Any = importlib.import_module(self.module)
-            for part in self.path.split(".")[:-1]:
-                owner = getattr(owner, part)
-            getattr(owner, self.attribute)
-        except (ImportError, AttributeError) as problem:
-            raise ImportError(
-                f"megatron-flashoptim needs {self.module}.{self.path}, which megatron-core "
-                f"{installed_version()} does not have ({problem})"
-            ) from problem
-        return owner
+        return versions.find(self.module, self.path)
 
     @property
     def attribute(self) -> str:
@@ -67,7 +56,9 @@ class Binding:
         original = getattr(owner, self.attribute)
         if hasattr(original, _MARK):
             return
-        wrapper = functools.wraps(original)(self.wrap(original))
+        # The attributes of a class are no attributes of the function that stands in for it.
+        updated = () if isinstance(original, type) else functools.WRAPPER_UPDATES
+        wrapper = functools.wraps(original, updated=updated)(self.wrap(original))
         setattr(wrapper, _MARK, True)
         setattr(owner, self.attribute, staticmethod(wrapper) if self.static else wrapper)
 
@@ -134,14 +125,21 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_full_param_layout(*args: Any, **kwargs: Any) -> Any:
+    from megatron_flashoptim.megatron.layout import wrap_layout
+
+    return wrap_layout(original, lambda: _selected() is not None)
+
+
+def _wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> Any:
         if _selected() is None:
-            return original(*args, **kwargs)
-        from megatron_flashoptim.megatron.layout import compute_group_aligned_layout
+            return original(model, *args, **kwargs)
+        from megatron_flashoptim.megatron.params_norm import norms_for_main_params
 
-        return compute_group_aligned_layout(original, *args, **kwargs)
+        with norms_for_main_params(model):
+            return original(model, *args, **kwargs)
 
-    return compute_full_param_layout
+    return calc_params_l2_norm
 
 
 def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,16 +175,11 @@ BINDINGS = (
     Binding("megatron.training.training", "get_megatron_optimizer", _wrap_optimizer),
     Binding(
         "megatron.core.optimizer.distrib_optimizer",
-        "DistributedOptimizer.compute_full_param_layout",
-        _wrap_layout,
-        static=True,
-    ),
-    Binding(
-        "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.__init__",
         _wrap_init,
     ),
     Binding("megatron.core.dist_checkpointing", "load", _wrap_load),
+    Binding("megatron.training.training", "calc_params_l2_norm", _wrap_params_norm),
     Binding(
         "megatron.training.theoretical_memory_usage",
         "compute_weight_and_optimizer_memory",
@@ -194,26 +187,27 @@ BINDINGS = (
     ),
 )
 # Looked up by name later; checked here so that install() is the one place that fails.
-REQUIRED = (
-    Binding("megatron.core.optimizer", "DistributedOptimizer", lambda name: name),
-    Binding("megatron.training.training", "report_theoretical_memory", lambda name: name),
-)
+LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
+
+
+def bindings() -> tuple[Binding, ...]:
+    """Return what is bound in the installed release of Megatron."""
+    module, path = versions.layout_name()
+    return (*BINDINGS, Binding(module, path, _wrap_layout, static="." in path))
 
 
 def install() -> None:
     """Make ``--optimizer flash_adamw`` known to Megatron in this process; idempotent.
 
     Raises:
-        ImportError: Megatron lacks a name the plugin binds; nothing is bound then.
+        ImportError: Megatron lacks a name the plugin needs, or is too old; nothing is bound then.
     """
-    owners = [binding.owner() for binding in BINDINGS]
-    for required in REQUIRED:
-        required.owner()
-    for binding, owner in zip(BINDINGS, owners, strict=True):
-        binding.apply(owner)
+    versions.check([*((binding.module, binding.path) for binding in BINDINGS), *LOOKED_UP])
+    for binding in bindings():
+        binding.apply(binding.owner())
 
 
 def uninstall() -> None:
     """Undo ``install()``; does nothing where it was not called."""
-    for binding in BINDINGS:
+    for binding in bindings():
         binding.undo(binding.owner())

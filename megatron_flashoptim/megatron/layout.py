@@ -9,16 +9,18 @@ Megatron does) makes every shard a whole number of groups. Asking Megatron's own
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.optimizer.param_layout import FullParamLayout
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
+from megatron_flashoptim.megatron import versions
 
-ComputeLayout = Callable[..., FullParamLayout]
+ComputeLayout = Callable[..., Any]
 
 
 def compute_group_aligned_layout(
@@ -28,8 +30,8 @@ def compute_group_aligned_layout(
     data_parallel_world_size: int,
     ddp_config: Any,
     expert_data_parallel_world_size: int | None = None,
-) -> FullParamLayout:
-    """Return Megatron's layout with bucket ends padded to whole groups per shard.
+) -> Any:
+    """Return Megatron's ``FullParamLayout`` with bucket ends padded to whole groups per shard.
 
     Args:
         compute_layout: Megatron's ``DistributedOptimizer.compute_full_param_layout``.
@@ -47,15 +49,52 @@ def compute_group_aligned_layout(
         ddp_config,
         expert_data_parallel_world_size=GROUP_SIZE * expert_size,
     )
-    return FullParamLayout(
+    sizes = {False: data_parallel_world_size, True: expert_size}
+    return type(layout)(
         layouts={
-            key: dataclasses.replace(
-                buffer_layout,
-                num_optimizer_shards=buffer_layout.num_optimizer_shards // GROUP_SIZE,
-            )
+            key: versions.with_optimizer_shards(buffer_layout, sizes[key.is_expert_parallel])
             for key, buffer_layout in layout.layouts.items()
         }
     )
+
+
+def wrap_layout(original: Callable[..., Any], applies: Callable[[], bool]) -> Callable[..., Any]:
+    """Return what stands in for the name that decides where buckets end.
+
+    Args:
+        original: Megatron's ``compute_full_param_layout``, or its buffer class in releases where
+            that decides.
+        applies: whether to align; asked at every call.
+    """
+    aligned = (
+        functools.partial(compute_group_aligned_layout, original)
+        if not isinstance(original, type)
+        else versions.buffer_laid_out_for(GROUP_SIZE, original)
+    )
+
+    def lay_out(*args: Any, **kwargs: Any) -> Any:
+        return (aligned if applies() else original)(*args, **kwargs)
+
+    return lay_out
+
+
+@contextmanager
+def group_aligned_buffers() -> Iterator[None]:
+    """Let every DistributedDataParallel made meanwhile have shards of whole quantization groups.
+
+    For code that calls megatron.core without ``install()`` and gives DDP no layout; works with
+    every release.
+    """
+    module, path = versions.layout_name()
+    owner = versions.find(module, path)
+    name = path.rpartition(".")[2]
+    bound = vars(owner)[name]
+    aligned = wrap_layout(inspect.unwrap(getattr(owner, name)), lambda: True)
+    setattr(owner, name, staticmethod(aligned) if isinstance(owner, type) else aligned)
+    try:
+        yield
+    finally:
+        setattr(owner, name, bound)
 
 
 def check_group_alignment(buffer: Any, data_parallel_world_size: int) -> None:
@@ -85,7 +124,8 @@ def check_group_alignment(buffer: Any, data_parallel_world_size: int) -> None:
 
 
 _HOW_TO_ALIGN = (
-    "The DistributedDataParallel wrapper was built with another parameter layout. Build it with "
+    "The DistributedDataParallel wrapper was built with another parameter layout. Build it within "
+    "FlashDistributedOptimizer.group_aligned_buffers(), or with "
     "full_param_layout=FlashDistributedOptimizer.compute_full_param_layout(params, bucket_size, "
     "data_parallel_world_size, ddp_config), or call megatron_flashoptim.install() before the "
     "model is built."

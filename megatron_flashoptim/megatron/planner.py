@@ -107,12 +107,13 @@ def plan_checkpoint(
 @contextlib.contextmanager
 def _prepared() -> Iterator[None]:
     """Make Megatron importable without a GPU, with our flags, and silent on stdout."""
-    from megatron_flashoptim.megatron import cpu
+    from megatron_flashoptim.megatron import cpu, versions
     from megatron_flashoptim.megatron.install import install
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints what it is given
         if not torch.cuda.is_available():
             cpu.enable()
+        versions.check_layout_can_be_computed("give --parameters and --data-parallel-size instead")
         install()
         yield
 

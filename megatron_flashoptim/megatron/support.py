@@ -110,13 +110,6 @@ RULES = (
         "its state is not moved to the CPU; drop the flag",
     ),
     Rule(
-        "overlap_param_gather_with_optimizer_step",
-        _is_set,
-        "--overlap-param-gather-with-optimizer-step",
-        "it steps the first model chunk apart from the others, which is not tested with flash "
-        "state; drop the flag",
-    ),
-    Rule(
         "ckpt_format",
         lambda value: value not in _CHECKPOINT_FORMATS,
         "--ckpt-format other than torch_dist or torch",
@@ -162,6 +155,12 @@ CUDA_GRAPH_RULES = (
         lambda value: value < 1,
         "--cuda-graph-warmup-steps 0",
         "the step to capture must have run once before; use 1 or more",
+    ),
+    Rule(
+        "overlap_param_gather_with_optimizer_step",
+        _is_set,
+        "--overlap-param-gather-with-optimizer-step",
+        "a replayed gather cannot be waited for; drop one of the two",
     ),
     Rule(
         "weight_decay_incr_style",

@@ -1,16 +1,359 @@
-"""What is known of megatron-core versions."""
+"""All that is known of Megatron-Core's releases: which are tested, and where they differ.
+
+What a release can do is asked of the release itself (has it this name, does this function take
+that argument), not concluded from its number. The number decides only whether it is refused as too
+old or warned about as untested. Megatron is imported when a function here is called.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
+import inspect
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable
 from importlib import metadata
+from typing import Any
 
-# The release the tests run against.
-TESTED = ("0.19",)
+logger = logging.getLogger(__name__)
+
+# The releases that every change is tested with, oldest first: the newest patch of each series.
+TESTED = ("0.17.1", "0.18.2", "0.19.2")
+
+_DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+_OPTIMIZER = "megatron.core.optimizer.optimizer"
+_BUFFERS = "megatron.core.distributed.distributed_data_parallel"
+
+# What optimizers are built from, in training and without megatron.training. Methods that we
+# override are here too: one that Megatron no longer calls by this name would be ignored silently.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "megatron.core.optimizer": ("DistributedOptimizer", "get_megatron_optimizer"),
+    _DISTRIBUTED_OPTIMIZER: tuple(
+        f"DistributedOptimizer.{name}"
+        for name in (
+            "__init__",
+            "_build_model_and_main_param_groups",
+            "_build_model_param_to_state_dict_param_map",
+            "_copy_main_params_to_model_params",
+            "_copy_model_grads_to_main_grads",
+            "_copy_model_params_to_main_params",
+            "_get_main_param_and_optimizer_states",
+            "_param_name",
+            "_set_main_param_and_optimizer_states",
+            "_unscale_main_grads_and_check_for_nan",
+            "count_zeros",
+            "get_grad_stats_parallel_group",
+            "get_parameter_state_dp_zero",
+            "get_parameters",
+            "load_parameter_state_from_dp_zero",
+            "load_state_dict",
+            "offload_to_cpu",
+            "restore_from_cpu",
+            "sharded_param_state_dp_reshardable",
+            "sharded_param_state_fully_reshardable",
+            "sharded_state_dict",
+            "state_dict",
+        )
+    ),
+    _OPTIMIZER: (
+        *(
+            f"ChainedOptimizer.{name}"
+            for name in (
+                "count_zeros",
+                "get_grad_norm",
+                "load_state_dict",
+                "prepare_grads",
+                "reload_model_params",
+                "sharded_state_dict",
+                "step",
+                "step_with_ready_grads",
+            )
+        ),
+        "param_group_identifier_keys",
+    ),
+    "megatron.core.tensor_parallel": ("param_is_not_tensor_parallel_duplicate",),
+    "megatron.core.transformer.module": ("param_is_not_shared",),
+    "megatron.core.dist_checkpointing": ("ShardedTensor", "load"),
+}
 
 
 def installed_version() -> str:
-    """Return the version of the installed megatron-core, or "(not installed)"."""
+    """Return the version of megatron-core that is imported, or "(not installed)".
+
+    A checkout of Megatron-LM on the path hides an installed wheel, so the package is asked before
+    the metadata of what is installed.
+    """
+    try:
+        return str(importlib.import_module("megatron.core.package_info").__version__)
+    except (ImportError, AttributeError):
+        pass
     try:
         return metadata.version("megatron-core")
     except metadata.PackageNotFoundError:
         return "(not installed)"
+
+
+def find(module: str, path: str) -> Any:
+    """Return the object that holds the last name of a path in a module of Megatron.
+
+    Raises:
+        ImportError: names the version of megatron-core and what it lacks.
+    """
+    try:
+        owner: Any = importlib.import_module(module)
+        *parents, attribute = path.split(".")
+        for part in parents:
+            owner = getattr(owner, part)
+        getattr(owner, attribute)
+    except (ImportError, AttributeError) as problem:
+        missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
+        if missing and missing.partition(".")[0] != "megatron":
+            raise ImportError(
+                f"{module} of megatron-core {installed_version()} needs the package {missing}, "
+                "which is not installed; pip install 'megatron-flashoptim[train]' installs what "
+                "training needs"
+            ) from problem
+        raise ImportError(
+            f"megatron-flashoptim needs {module}.{path}, which megatron-core "
+            f"{installed_version()} does not have ({problem}). Tested releases: "
+            f"{', '.join(TESTED)}"
+        ) from problem
+    return owner
+
+
+def has(module: str, path: str) -> bool:
+    """Return whether Megatron has a name."""
+    try:
+        find(module, path)
+    except ImportError:
+        return False
+    return True
+
+
+def check(needed: Iterable[tuple[str, str]] = ()) -> None:
+    """Refuse a release that lacks a name or is too old; warn, once, of one that is not tested.
+
+    Args:
+        needed: modules and paths to look for beside those every optimizer needs.
+
+    Raises:
+        ImportError: names the version of megatron-core and what is wrong with it.
+    """
+    installed = installed_version()
+    number = _number(installed)
+    if number and number < _series(TESTED[0]):
+        raise ImportError(
+            f"megatron-core {installed} is older than megatron-flashoptim supports; install "
+            f"{'.'.join(map(str, _series(TESTED[0])))} or newer (tested: {', '.join(TESTED)})"
+        )
+    for module, paths in _NEEDED.items():
+        for path in paths:
+            find(module, path)
+    find(*layout_name())
+    for module, path in needed:
+        find(module, path)
+    _warn_if_newer(installed)
+
+
+@functools.cache
+def _warn_if_newer(installed: str) -> None:
+    number = _number(installed)
+    tested = {_series(release): _number(release) for release in TESTED}
+    if number <= tested.get(_series(installed), ()):
+        return
+    logger.warning(
+        "megatron-core %s is newer than the releases megatron-flashoptim is tested with (%s). "
+        "Every name it needs is there; compare the first losses with those of a tested release",
+        installed,
+        ", ".join(TESTED),
+    )
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, without pre-release and build; maybe empty."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else ()
+
+
+def _series(version: str) -> tuple[int, ...]:
+    return _number(version)[:2]
+
+
+# Buffer layout: computed apart from the buffers and handed to DDP since 0.18; before, in the
+# constructor of the buffer.
+
+LAYOUT = (_DISTRIBUTED_OPTIMIZER, "DistributedOptimizer.compute_full_param_layout")
+BUFFER = (_BUFFERS, "_ParamAndGradBuffer")
+
+
+def computes_layouts() -> bool:
+    """Return whether DDP takes a parameter layout that was computed before."""
+    return has(*LAYOUT)
+
+
+def layout_name() -> tuple[str, str]:
+    """Return module and path of what decides where buckets end."""
+    return LAYOUT if computes_layouts() else BUFFER
+
+
+def check_layout_can_be_computed(instead: str) -> None:
+    """Refuse a release without parameter layouts.
+
+    Args:
+        instead: what to do.
+
+    Raises:
+        ImportError: names the version of megatron-core.
+    """
+    if not computes_layouts():
+        raise ImportError(
+            f"megatron-core {installed_version()} computes no parameter layouts, 0.18 and newer "
+            f"do; {instead}"
+        )
+
+
+def with_optimizer_shards(layout: Any, count: int) -> Any:
+    """Return a ``PerBufferParamLayout`` that says for how many shards it is (since 0.19)."""
+    if not hasattr(layout, "num_optimizer_shards"):
+        return layout
+    return dataclasses.replace(layout, num_optimizer_shards=count)
+
+
+def buffer_laid_out_for(factor: int, buffer_class: type) -> type:
+    """Return a buffer class that pads bucket ends for ``factor`` shards per rank.
+
+    Args:
+        factor: shards per data-parallel rank.
+        buffer_class: ``_ParamAndGradBuffer`` of a release whose buffers lay themselves out; it
+            pads by its ``data_parallel_world_size`` while it is constructed.
+    """
+
+    class LaidOutBuffer(buffer_class):
+        """Has more ranks while it is laid out."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._factor = factor
+            super().__init__(*args, **kwargs)
+            self._factor = 1
+
+        @property
+        def data_parallel_world_size(self) -> int:
+            """Ranks that share the optimizer state of the buffer."""
+            return self._ranks * self._factor
+
+        @data_parallel_world_size.setter
+        def data_parallel_world_size(self, ranks: int) -> None:
+            self._ranks = ranks
+
+    return LaidOutBuffer
+
+
+# Gradient norm and clipping.
+
+
+@functools.cache
+def separate_grad_norm_groups() -> tuple[str, ...]:
+    """Return the norm groups that are clipped apart from the rest (since 0.19)."""
+    return tuple(getattr(_optimizer_module(), "SEPARATE_GRAD_NORM_GROUPS", ()))
+
+
+@functools.cache
+def grad_norm_group_attribute() -> str:
+    """Return the attribute of a parameter that names its norm group (since 0.19)."""
+    return str(getattr(_optimizer_module(), "GRAD_NORM_GROUP_ATTR", "grad_norm_group"))
+
+
+def grad_norm_group(param: Any) -> str | None:
+    """Return the norm group a parameter is marked with, or None."""
+    group = getattr(param, grad_norm_group_attribute(), None)
+    return None if group is None else str(group)
+
+
+# Names of methods that Megatron's own code calls on a member of a chain, until 0.18.
+_OLDER_NAMES = {"get_grads_for_grad_norm": "get_main_grads_for_grad_norm"}
+
+
+def also_under_older_names[Class: type](cls: Class) -> Class:
+    """Give a subclass of Megatron's optimizer its methods under the names of older releases too."""
+    for name, older in _OLDER_NAMES.items():
+        setattr(cls, older, getattr(cls, name))
+    return cls
+
+
+def grad_norm_skip_threshold(config: Any) -> float:
+    """Return the gradient norm above which a step is skipped (since 0.18), by default infinity."""
+    return float(getattr(config, "grad_norm_skip_threshold", math.inf))
+
+
+def counts_on_this_rank(param: Any, tp_group: Any, expert_tp_group: Any) -> bool:
+    """Return whether a parameter is in this rank's norms, being on no other rank too.
+
+    Args:
+        param: a model parameter.
+        tp_group: tensor parallel group of the optimizer, or None for the global one.
+        expert_tp_group: the same for expert parameters.
+    """
+    tensor_parallel = importlib.import_module("megatron.core.tensor_parallel")
+    module = importlib.import_module("megatron.core.transformer.module")
+    not_duplicate = tensor_parallel.param_is_not_tensor_parallel_duplicate
+    groups = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
+    known = _parameters(not_duplicate)
+    if not module.param_is_not_shared(param) or not not_duplicate(
+        param, **{name: group for name, group in groups.items() if name in known}
+    ):
+        return False
+    # Weights cut over a further group, since 0.19.
+    not_gtp_duplicate = getattr(tensor_parallel, "param_is_not_gtp_duplicate", None)
+    return not_gtp_duplicate is None or bool(not_gtp_duplicate(param))
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _optimizer_module() -> Any:
+    return importlib.import_module(_OPTIMIZER)
+
+
+# The training loop, for the scripts of this project.
+
+
+def pretrain(
+    datasets_provider: Callable[..., Any],
+    model_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    extra_args_provider: Callable[[Any], Any],
+) -> None:
+    """Parse the arguments and train a GPT with ``megatron.training``.
+
+    Args:
+        datasets_provider: builds the datasets.
+        model_provider: builds the model, where Megatron does not from the arguments (until 0.18).
+        forward_step: runs one micro-batch.
+        extra_args_provider: adds arguments to Megatron's parser.
+    """
+    training = importlib.import_module("megatron.training")
+    arguments = importlib.import_module("megatron.training.arguments")
+    argument_utils = importlib.import_module("megatron.training.argument_utils")
+    model_type = importlib.import_module("megatron.core.enums").ModelType.encoder_or_decoder
+    if not hasattr(argument_utils, "pretrain_cfg_container_from_args"):  # 0.17
+        training.pretrain(
+            datasets_provider,
+            model_provider,
+            model_type,
+            forward_step,
+            extra_args_provider=extra_args_provider,
+        )
+        return
+    args = arguments.parse_and_validate_args(extra_args_provider=extra_args_provider)
+    configured = argument_utils.pretrain_cfg_container_from_args
+    if not hasattr(argument_utils, "gpt_config_from_args"):  # 0.18
+        config = configured(args)
+        training.pretrain(config, datasets_provider, model_provider, model_type, forward_step)
+        return
+    config = configured(args, argument_utils.gpt_config_from_args(args))
+    training.pretrain(config, datasets_provider, model_type, forward_step)

@@ -58,12 +58,25 @@ def fork_queue_of_results() -> None:
 
 def saved_state(trainer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state dict that is saved; describes the state in ``metadata``."""
-    model = trainer.model[0].module.sharded_state_dict()
+    model = sharded_model(trainer)
     return {
-        "model": model,
+        **model,
         "optimizer": trainer.optimizer.sharded_state_dict(model, metadata=metadata),
         "step_number": trainer.step_number,
     }
+
+
+def sharded_model(trainer: Any) -> dict[str, Any]:
+    """Return the model's sharded state dict under Megatron's keys: of each virtual stage."""
+    return {
+        name: chunk.module.sharded_state_dict()
+        for name, chunk in zip(_chunk_names(trainer), trainer.model, strict=True)
+    }
+
+
+def _chunk_names(trainer: Any) -> list[str]:
+    several = len(trainer.model) > 1
+    return [f"model{n}" if several else "model" for n in range(len(trainer.model))]
 
 
 def metadata_of(sharding_type: str) -> dict[str, Any]:
@@ -81,9 +94,9 @@ def load(trainer: Any, folder: Path, *, parallel: bool = False) -> None:
         _load_legacy(trainer, folder)
         return
     metadata = dist_checkpointing.load_content_metadata(str(folder))
-    model = trainer.model[0].module.sharded_state_dict()
+    model = sharded_model(trainer)
     state = {
-        "model": model,
+        **model,
         "optimizer": trainer.optimizer.sharded_state_dict(
             model, is_loading=True, metadata=metadata
         ),
@@ -94,7 +107,8 @@ def load(trainer: Any, folder: Path, *, parallel: bool = False) -> None:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelLoadStrategyWrapper(strategy, group)
     loaded = dist_checkpointing.load(state, str(folder), strategy)
-    trainer.model[0].module.load_state_dict(loaded["model"])
+    for name, chunk in zip(_chunk_names(trainer), trainer.model, strict=True):
+        chunk.module.load_state_dict(loaded[name])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     trainer.step_number = loaded["step_number"]
 
@@ -113,7 +127,7 @@ def _legacy_names(folder: Path) -> tuple[Path, Path]:
 def _save_legacy(trainer: Any, folder: Path) -> None:
     weights, state = _legacy_names(folder)
     saved = {
-        "model": trainer.model[0].state_dict_for_save_checkpoint(),
+        "model": [chunk.state_dict_for_save_checkpoint() for chunk in trainer.model],
         "optimizer": trainer.optimizer.state_dict(),
         "step_number": trainer.step_number,
     }
@@ -123,9 +137,10 @@ def _save_legacy(trainer: Any, folder: Path) -> None:
 
 
 def _load_legacy(trainer: Any, folder: Path) -> None:
-    weights, state = _legacy_names(folder)
-    loaded = torch.load(weights, weights_only=False)  # Megatron's extra states are BytesIO
-    trainer.model[0].load_state_dict(loaded["model"])
+    path, state = _legacy_names(folder)
+    loaded = torch.load(path, weights_only=False)  # Megatron's extra states are BytesIO
+    for chunk, weights in zip(trainer.model, loaded["model"], strict=True):
+        chunk.load_state_dict(weights)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     trainer.optimizer.load_parameter_state(str(state))
     trainer.step_number = loaded["step_number"]
@@ -164,7 +179,7 @@ def in_model_space(trainer: Any) -> Pieces:
     fp32 masters, codes, and scales repeated for each element. Stock: of masters and moments.
     """
     trainer.sync_params()
-    numbers = {id(param): n for n, param in enumerate(trainer.model[0].parameters())}
+    numbers = {id(param): n for n, param in enumerate(_parameters(trainer))}
     found: Pieces = []
     for member in trainer.optimizer.chained_optimizers:
         if member.is_stub_optimizer:
@@ -173,6 +188,10 @@ def in_model_space(trainer: Any) -> Pieces:
         numbered = [(numbers[id(param)], start, parts) for param, start, parts in own]
         found += _gathered(trainer, member.data_parallel_group, numbered)
     return found
+
+
+def _parameters(trainer: Any) -> Iterator[Any]:
+    return (param for chunk in trainer.model for param in chunk.parameters())
 
 
 def _flash_ranges(member: Any) -> Iterator[tuple[Any, int, dict[str, torch.Tensor]]]:
@@ -201,12 +220,12 @@ def _stock_ranges(member: Any) -> Iterator[tuple[Any, int, dict[str, torch.Tenso
 
 def _gathered(trainer: Any, group: Any, own: list[Any]) -> Pieces:
     """Return the pieces of whole parameters, given the numbered ranges of this rank."""
-    model, _ = extract_sharded_tensors_and_factories(trainer.model[0].module.sharded_state_dict())
+    model, _ = extract_sharded_tensors_and_factories(sharded_model(trainer))
     sharded_of = {id(base.data): base for base in nested_values(model)}
     everyone: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(everyone, own, group=group)
     found: Pieces = []
-    for number, param in enumerate(trainer.model[0].parameters()):
+    for number, param in enumerate(_parameters(trainer)):
         ranges = sorted(
             ((start, parts) for rank in everyone for n, start, parts in rank if n == number),
             key=lambda entry: entry[0],

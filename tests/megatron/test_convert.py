@@ -122,7 +122,10 @@ BACK: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", BACK)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.smoke] if case == "dense" else []) for case in BACK],
+)
 def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_path: Path) -> None:
     ranks, options = BACK[case]
     flash = options.get("flash", FlashOptimConfig())
@@ -151,6 +154,7 @@ def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_pa
     assert all(0 < loss < 7 for loss in loaded[0]["losses"])
 
 
+@pytest.mark.smoke
 def test_adam_to_flash_to_adam_stays_within_the_formats(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -88,6 +88,7 @@ def _build_with_foreign_layout() -> str:
     return ""
 
 
+@pytest.mark.smoke
 def test_foreign_layout_that_splits_groups_is_refused_with_what_to_do() -> None:
     for message in run_ranks(8, _build_with_foreign_layout):
         assert "would split quantization groups of 32 elements" in message
@@ -100,5 +101,32 @@ def _train_at_dp(world_size: int) -> list[float]:
     return tiny_gpt.build(tiny_gpt.Setup(hidden=72, layers=1)).train(2)
 
 
+@pytest.mark.smoke
 def test_own_layout_trains_at_dp_8() -> None:
     assert all(len(losses) == 2 for losses in run_ranks(8, _train_at_dp, 8))
+
+
+def _train_without_a_layout(installed: bool) -> list[float]:
+    import tiny_gpt
+
+    import megatron_flashoptim
+    from megatron_flashoptim import FlashDistributedOptimizer
+    from megatron_flashoptim.megatron import versions
+
+    if installed:
+        megatron_flashoptim.install()
+    module, path = versions.layout_name()
+    owner, name = versions.find(module, path), path.rpartition(".")[2]
+    before = vars(owner)[name]
+    with FlashDistributedOptimizer.group_aligned_buffers():
+        # No layout is given to DDP.
+        trainer = tiny_gpt.build(tiny_gpt.Setup(foreign_layout=True, hidden=72, layers=1))
+    assert vars(owner)[name] is before
+    return trainer.train(2)
+
+
+@pytest.mark.smoke
+def test_group_aligned_buffers_lay_out_what_megatron_core_is_given_no_layout_for() -> None:
+    given = run_ranks(8, _train_at_dp, 8)
+    assert run_ranks(8, _train_without_a_layout, False) == given
+    assert run_ranks(8, _train_without_a_layout, True) == given

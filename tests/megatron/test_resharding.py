@@ -33,6 +33,16 @@ def _round(load: Path | None, save: Path | None, steps: int = 1, **options: Any)
 
 # Number of ranks and options of each run, which loads what the one before saved.
 DENSE = {"swiglu": True, "query_groups": 2, "layers": 4, "tied": True}
+VIRTUAL = {"pp": 2, "vp": 2, "microbatches": 2}
+# Experts are split over tensor-parallel ranks; gloo gathers equal numbers of tokens only.
+TENSOR_OF_EXPERTS = {
+    "tp": 2,
+    "sequence_parallel": True,
+    "transformer": {
+        "moe_expert_capacity_factor": 2.0,
+        "moe_pad_expert_input_to_capacity": True,
+    },
+}
 CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "dense": [
         (1, DENSE),
@@ -42,6 +52,16 @@ CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (4, {**DENSE}),
         (4, {**DENSE, "tp": 2, "pp": 2}),
         (2, {**DENSE}),
+    ],
+    "interleaved pipeline": [
+        (2, {**DENSE, **VIRTUAL}),
+        (2, {**DENSE, "tp": 2}),
+        (4, {**DENSE, **VIRTUAL}),
+    ],
+    "context parallel": [
+        (2, {"cp": 2, "layers": 1}),
+        (1, {"layers": 1}),
+        (4, {"cp": 2, "layers": 1}),
     ],
     "tensor parallel 4": [
         (1, {"hidden": 128, "layers": 1}),
@@ -55,8 +75,7 @@ CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (4, {"experts": 4, "swiglu": True, "ep": 4}),
         (4, {"experts": 4, "swiglu": True, "ep": 2, "overlap": True, "bucket_size": 20_000}),
         (2, {"experts": 4, "swiglu": True, "pp": 2}),
-        # Training with both needs sequence parallel norms, which need a GPU.
-        (4, {"experts": 4, "swiglu": True, "ep": 2, "tp": 2, "steps": 0}),
+        (4, {"experts": 4, "swiglu": True, "ep": 2, **TENSOR_OF_EXPERTS}),
         (1, {"experts": 4, "swiglu": True}),
     ],
     "padded vocabulary": [

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from decoded import flash_state, stock_state
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
-from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, join_master
 from megatron_flashoptim.kernels import columns
 from megatron_flashoptim.optim.adamw import reference_adamw_step_
 
@@ -36,33 +36,11 @@ def _one_step(ours: bool, **options: Any) -> dict[str, Any]:
         for bucket_ranges in (m for maps in member.gbuf_ranges for m in maps.values()):
             for ranges in bucket_ranges:
                 for param, where in ranges["param_map"].items():
-                    tensors = _flash_state(member, param) if ours else _stock_state(member, param)
+                    tensors = flash_state(member, param) if ours else stock_state(member, param)
                     owned = where["param"]
                     tensors["before"] = before[param][owned.start : owned.end]
                     result["params"][names[param], owned.start] = tensors
     return result
-
-
-def _stock_state(member: Any, param: Any) -> dict[str, torch.Tensor]:
-    tensors = member._get_main_param_and_optimizer_states(param)
-    return {name: tensors[name].detach().clone() for name in ("param", "exp_avg", "exp_avg_sq")}
-
-
-def _flash_state(member: Any, param: Any) -> dict[str, torch.Tensor]:
-    (item,) = [i for i in member.shard_params if i.param is param]
-    shard = member.optimizer.shards[item.shard]
-    elements = slice(item.start, item.end)
-    groups = slice(item.start // 32, -(-item.end // 32))
-    correction = None if shard.correction is None else shard.correction[elements]
-    is_bf16 = shard.param.dtype == torch.bfloat16
-    master = join_master(shard.param[elements], correction) if is_bf16 else shard.param[elements]
-    return {
-        "param": master.detach().clone(),
-        "exp_avg": decode_exp_avg(shard.exp_avg[elements], shard.exp_avg_scale[groups]),
-        "exp_avg_sq": decode_exp_avg_sq(shard.exp_avg_sq[elements], shard.exp_avg_sq_scale[groups]),
-        "exp_avg_scale": shard.exp_avg_scale[groups].float(),
-        "exp_avg_sq_scale": shard.exp_avg_sq_scale[groups].float(),
-    }
 
 
 def _per_element(scale: torch.Tensor, numel: int) -> torch.Tensor:
@@ -124,6 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_equals_stock_adamw_within_the_format(case: str) -> None:
     _assert_same_step(2, **CASES[case])

@@ -13,22 +13,12 @@ from typing import Any
 import pytest
 import torch
 from console import run
-from ranks import run_ranks
-
-from megatron_flashoptim.megatron import cpu
+from pretraining import LOSS, MODEL, data_flags, device_flags, saved_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 # A checkout of Megatron-LM core_v0.19.0; its scripts are not in the megatron-core wheel.
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 
-MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
---max-position-embeddings 64 --position-embedding-type rope --micro-batch-size 2
---global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-decay-iters 8
---weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --bf16 --use-distributed-optimizer
---attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 257
---eval-iters 1 --eval-interval 1000 --log-interval 2 --log-params-norm --log-num-zeros-in-grad
---seed 1234""".split()
-LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+).*?params norm: ([\d.E+-]+)")
 THEORETICAL = re.compile(r"Theoretical memory footprints: weight and optimizer=([\d.]+) MB")
 
 
@@ -38,10 +28,7 @@ def _launch(script: Path, corpus: Path, *flags: str, ranks: int = 2) -> subproce
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
             *("-m", "megatron_flashoptim.run", *device, str(script), *MODEL),
-            *(cpu.MEGATRON_FLAGS if device else ("--transformer-impl", "local")),
-            *("--train-data-path", str(corpus / "train_document")),
-            *("--valid-data-path", str(corpus / "valid_document")),
-            *("--data-cache-path", str(corpus / "cache"), *flags),
+            *(*device_flags(), *data_flags(corpus), *flags),
         ],
         capture_output=True,
         text=True,
@@ -69,14 +56,6 @@ def _train(script: Path, corpus: Path, *flags: str) -> dict[int, tuple[str, str]
     return _losses(_output(script, corpus, *flags))
 
 
-def _load_all(checkpoint: Path) -> dict[str, Any]:
-    """Return every tensor of a torch_dist checkpoint."""
-    from megatron.core import dist_checkpointing
-
-    loaded = dist_checkpointing.load_plain_tensors(str(checkpoint))
-    return {key: value for key, value in loaded.items() if torch.is_tensor(value)}
-
-
 def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -92,9 +71,7 @@ def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
     # Megatron also prints the first iteration after a start, on its own.
     assert {i: whole[i] for i in (6, 8)} == {i: resumed[i] for i in (6, 8)}
     assert min(resumed) == 5, "the checkpoint must have been loaded"
-    ours, theirs = (
-        run_ranks(1, _load_all, tmp_path / run / "iter_0000008")[0] for run in ("whole", "resumed")
-    )
+    ours, theirs = (saved_tensors(tmp_path / run / "iter_0000008") for run in ("whole", "resumed"))
     assert ours.keys() == theirs.keys()
     assert {t.dtype for t in ours.values()} >= {torch.int8, torch.uint8, torch.bfloat16}
     for key, tensor in ours.items():
@@ -125,8 +102,9 @@ def test_flash_adamw_follows_adam_in_the_training_loop(
     adam, flash = map(_losses, adam_and_flash[:2])
     assert adam.keys() == flash.keys()
     for iteration in adam:
-        for ours, theirs in zip(flash[iteration], adam[iteration], strict=True):
-            assert float(ours) == pytest.approx(float(theirs), rel=5e-3)
+        loss, norm = flash[iteration]
+        assert float(loss) == pytest.approx(float(adam[iteration][0]), rel=5e-3)
+        assert float(norm) == pytest.approx(float(adam[iteration][1]), rel=1e-4)
         assert float(flash[iteration][1]) > 1.0, "the params norm is never 0"
 
 

@@ -1,0 +1,77 @@
+"""Megatron's own training loop under the launcher, on forked ranks: a run takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import run_ranks
+
+from megatron_flashoptim.megatron import cpu
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_gpt.py"
+MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+--max-position-embeddings 64 --position-embedding-type rope --micro-batch-size 2
+--global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-decay-iters 8
+--weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --bf16 --use-distributed-optimizer
+--attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 257
+--eval-iters 1 --eval-interval 1000 --log-interval 2 --log-params-norm --log-num-zeros-in-grad
+--seed 1234""".split()
+LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+).*?params norm: ([\d.E+-]+)")
+
+
+def device_flags() -> tuple[str, ...]:
+    """Return the flags that Megatron needs on this machine."""
+    return ("--transformer-impl", "local") if torch.cuda.is_available() else cpu.MEGATRON_FLAGS
+
+
+def data_flags(corpus: Path) -> list[str]:
+    """Return the flags that name the corpus of ``scripts/prepare_corpus.py``."""
+    return [
+        *("--train-data-path", str(corpus / "train_document")),
+        *("--valid-data-path", str(corpus / "valid_document")),
+        *("--data-cache-path", str(corpus / "cache")),
+    ]
+
+
+def pretrain(corpus: Path, *flags: str) -> dict[int, tuple[str, str]]:
+    """Train on two ranks; returns loss and parameter norm, as printed.
+
+    Printed are even iterations, with the mean loss of two, and the first one after a start.
+    """
+    arguments = [str(SCRIPT), *MODEL, *device_flags(), *data_flags(corpus), *flags]
+    printed = "".join(run_ranks(2, _pretrain, arguments))
+    found = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(printed)}
+    assert found, printed[-3000:]
+    return found
+
+
+def _pretrain(arguments: list[str]) -> str:
+    from checkpoints import fork_queue_of_results
+
+    from megatron_flashoptim import run
+
+    fork_queue_of_results()
+    torch.distributed.destroy_process_group = lambda *_: None  # run_ranks does
+    device = [] if torch.cuda.is_available() else ["--device", "cpu"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run.main([*device, *arguments])
+    return printed.getvalue()
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, Any]:
+    """Return every tensor of a torch_dist checkpoint."""
+    (loaded,) = run_ranks(1, _load_all, checkpoint)
+    return loaded
+
+
+def _load_all(checkpoint: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {key: value for key, value in loaded.items() if torch.is_tensor(value)}

@@ -1,0 +1,178 @@
+"""Which releases of Megatron-Core are refused, warned about or taken silently."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+import megatron_flashoptim
+from megatron_flashoptim.megatron import versions
+
+pytestmark = pytest.mark.smoke
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _pretend(version: str) -> _Warnings:
+    """Let the imported Megatron give itself another version; returns what is warned of."""
+    from megatron.core import package_info
+
+    package_info.__version__ = version
+    logging.disable(logging.NOTSET)
+    seen = _Warnings()
+    versions.logger.addHandler(seen)
+    return seen
+
+
+def _install_as(version: str) -> tuple[str, list[str]]:
+    import tiny_gpt
+
+    seen = _pretend(version)
+    try:
+        megatron_flashoptim.install()
+        megatron_flashoptim.install()
+        tiny_gpt.build(tiny_gpt.Setup(layers=1)).train(1)
+    except ImportError as problem:
+        return str(problem), seen.messages
+    return "", seen.messages
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.20.0rc1", "0.19.99", "0.18.3", "1.0"])
+def test_untested_newer_release_runs_with_one_warning(version: str) -> None:
+    ((refused, warnings),) = run_ranks(1, _install_as, version)
+    assert refused == ""
+    assert len(warnings) == 1
+    assert f"megatron-core {version} is newer" in warnings[0]
+    assert all(release in warnings[0] for release in versions.TESTED)
+
+
+@pytest.mark.parametrize("version", [*versions.TESTED, "0.19.0", "0.17.0", "0.19.2rc3"])
+def test_tested_release_and_earlier_patches_run_silently(version: str) -> None:
+    assert run_ranks(1, _install_as, version) == [("", [])]
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.9.0", "0.16"])
+def test_older_release_is_refused_by_name(version: str) -> None:
+    ((refused, _),) = run_ranks(1, _install_as, version)
+    assert f"megatron-core {version} is older" in refused and "install 0.17 or newer" in refused
+
+
+def _build_as(version: str) -> str:
+    import tiny_gpt
+
+    _pretend(version)
+    try:
+        tiny_gpt.build(tiny_gpt.Setup(layers=1))
+    except ImportError as problem:
+        return str(problem)
+    return ""
+
+
+def test_older_release_is_refused_without_install_too() -> None:
+    (refused,) = run_ranks(1, _build_as, "0.16.1")
+    assert "megatron-core 0.16.1 is older" in refused
+
+
+def _each_needed_name_missing() -> list[tuple[str, str]]:
+    _pretend("0.20.0")
+    messages = []
+    for module, paths in versions._NEEDED.items():
+        for path in paths:
+            owner = versions.find(module, path)
+            name = path.rpartition(".")[2]
+            held = [(c, vars(c)[name]) for c in _classes(owner) if name in vars(c)]
+            for holder, _ in held:
+                if name != "__init__":
+                    delattr(holder, name)
+            try:
+                versions.check()
+                messages.append((f"{module}.{path}", ""))
+            except ImportError as problem:
+                messages.append((f"{module}.{path}", str(problem)))
+            for holder, value in held:
+                setattr(holder, name, value)
+    return messages
+
+
+def _classes(owner: Any) -> tuple[Any, ...]:
+    return owner.__mro__[:-1] if isinstance(owner, type) else (owner,)
+
+
+def test_a_missing_name_is_named_with_the_version() -> None:
+    (messages,) = run_ranks(1, _each_needed_name_missing)
+    assert len(messages) > 30
+    for name, message in messages:
+        if not name.endswith("__init__"):  # every class has one
+            # Of several classes that have it from one base, the first one looked at is named.
+            attribute = name.rpartition(".")[2]
+            assert f".{attribute}, which megatron-core 0.20.0 does not have" in message
+            assert versions.TESTED[-1] in message
+
+
+def test_every_overridden_method_of_megatron_is_looked_for() -> None:
+    """An override that Megatron no longer calls by this name would be ignored silently."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
+    from megatron_flashoptim.megatron.checkpointing import FlashCheckpointing
+    from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+
+    needed = {path for paths in versions._NEEDED.values() for path in paths}
+    # Differ between releases; versions.py gives them the name of the release.
+    differ = {"compute_full_param_layout", "_get_grad_norm_for_group"}
+    differ |= {*versions._OLDER_NAMES, *versions._OLDER_NAMES.values()}
+    count = 0
+    for own, base in (
+        (FlashDistributedOptimizer, DistributedOptimizer),
+        (FlashCheckpointing, DistributedOptimizer),
+        (FlashChainedOptimizer, ChainedOptimizer),
+    ):
+        for name, value in vars(own).items():
+            overrides = hasattr(base, name) and not hasattr(object, name) and name[:2] != "__"
+            if overrides and name not in differ and callable(getattr(value, "__func__", value)):
+                assert f"{base.__name__}.{name}" in needed
+                count += 1
+    assert count > 20
+
+
+def test_version_is_that_of_the_imported_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout of Megatron-LM on the path hides the installed wheel, not its metadata."""
+    from megatron.core import package_info
+
+    monkeypatch.setattr(versions.metadata, "version", lambda _: "0.1.0")
+    assert versions.installed_version() == package_info.__version__ != "0.1.0"
+    monkeypatch.delattr(package_info, "__version__")
+    assert versions.installed_version() == "0.1.0"
+
+
+def _layout_binding_as_of_newer() -> tuple[str, ...]:
+    """Megatron names neither of the two things that decide where buckets end."""
+    from megatron.core.distributed import distributed_data_parallel
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    _pretend("0.20.0")
+    if versions.computes_layouts():
+        del DistributedOptimizer.compute_full_param_layout
+    if hasattr(distributed_data_parallel, "_ParamAndGradBuffer"):
+        del distributed_data_parallel._ParamAndGradBuffer
+    try:
+        megatron_flashoptim.install()
+    except ImportError as problem:
+        return (str(problem),)
+    return ()
+
+
+def test_a_release_whose_layout_is_not_known_is_refused() -> None:
+    ((message,),) = run_ranks(1, _layout_binding_as_of_newer)
+    assert "_ParamAndGradBuffer" in message and "0.20.0" in message
