@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_flashoptim.megatron import versions
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -108,6 +110,13 @@ RULES = (
         _is_set,
         "--rl-offload-optimizer-during-inference",
         "its state is not moved to the CPU; drop the flag",
+    ),
+    Rule(
+        "overlap_param_gather_with_optimizer_step",
+        lambda value: bool(value) and not versions.gathers_in_step(),
+        "--overlap-param-gather-with-optimizer-step",
+        "in this release of megatron-core experts would be gathered before they are stepped; use "
+        "0.18 or newer, or drop the flag",
     ),
     Rule(
         "ckpt_format",

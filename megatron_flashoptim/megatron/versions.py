@@ -357,3 +357,8 @@ def pretrain(
         return
     config = configured(args, argument_utils.gpt_config_from_args(args))
     training.pretrain(config, datasets_provider, model_type, forward_step)
+
+
+def gathers_in_step() -> bool:
+    """Return whether the step that a chain overlaps with a gather is a method (since 0.18)."""
+    return has(_OPTIMIZER, "ChainedOptimizer._step")

@@ -130,7 +130,7 @@ def test_every_overridden_method_of_megatron_is_looked_for() -> None:
 
     needed = {path for paths in versions._NEEDED.values() for path in paths}
     # Differ between releases; versions.py gives them the name of the release.
-    differ = {"compute_full_param_layout", "_get_grad_norm_for_group"}
+    differ = {"compute_full_param_layout", "_get_grad_norm_for_group", "_step"}
     differ |= {*versions._OLDER_NAMES, *versions._OLDER_NAMES.values()}
     count = 0
     for own, base in (
@@ -144,6 +144,17 @@ def test_every_overridden_method_of_megatron_is_looked_for() -> None:
                 assert f"{base.__name__}.{name}" in needed
                 count += 1
     assert count > 20
+
+
+def test_gather_within_the_step_is_refused_where_it_would_not_be_ours() -> None:
+    from argparse import Namespace
+
+    from megatron_flashoptim.megatron.support import first_refusal
+
+    asked = Namespace(overlap_param_gather_with_optimizer_step=True)
+    refusal = first_refusal("flash_adamw", asked)
+    assert (refusal is None) == versions.gathers_in_step()
+    assert refusal is None or "use 0.18 or newer" in refusal
 
 
 def test_version_is_that_of_the_imported_package(monkeypatch: pytest.MonkeyPatch) -> None:
