@@ -29,7 +29,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = Path(sys.executable).with_name("megatron-flashoptim")
+# What the console script runs; the package need not be installed.
+COMMAND = (sys.executable, "-c", "from megatron_flashoptim.cli import main; exit(main())")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def convert(target: str, source: Path, destination: Path, processes: int) -> Row
     Raises:
         SystemExit: the command failed; its own error is on stderr.
     """
-    command = [str(COMMAND), "convert", "--to", target, str(source), str(destination)]
+    command = [*COMMAND, "convert", "--to", target, str(source), str(destination)]
     if target != "weights":
         command += ["--processes", str(processes)]
     started = time.monotonic()
