@@ -13,7 +13,7 @@ from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ
 
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 # Elements looked at together; temporary tensors are a few times as large.
-AT_ONCE = 1 << 18
+AT_ONCE = 1 << 17
 # Parameters to name in an error.
 _MAX_NAMED = 8
 
