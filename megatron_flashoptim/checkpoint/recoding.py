@@ -29,8 +29,10 @@ from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
 from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ
 
-# Elements of a span: one box of each new tensor, in memory at once.
+# Elements of a span: one box of each new tensor, in memory at once. Models of more than so many
+# elements have longer spans: what describes each box, about 1 kB, is in memory too.
 SPAN = 1 << 22
+_MANY = 1 << 38
 _ADAM_KINDS = {MASTER, OLDER_MASTER, EXP_AVG, EXP_AVG_SQ}
 _CODE_DTYPES = {EXP_AVG: torch.int8, EXP_AVG_SQ: torch.uint8}
 
@@ -140,9 +142,12 @@ class Recoding:
 
     def spans(self) -> Iterator[Span]:
         """Yield all weights, cut into spans."""
-        for key in sorted(self._folder.weights()):
-            for chunk in self.state.chunks(key):
-                yield from chunk.cut(SPAN)
+        chunks = [
+            chunk for key in sorted(self._folder.weights()) for chunk in self.state.chunks(key)
+        ]
+        numel = sum(chunk.box.numel() for chunk in chunks)
+        for chunk in chunks:
+            yield from chunk.cut(SPAN if numel < _MANY else 2 * SPAN)
 
     def chunks_to_check(self) -> list[Chunk]:
         """Return what has masters that may not be those of the weights."""

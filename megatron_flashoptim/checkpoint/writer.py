@@ -7,6 +7,7 @@ finished part there is a record of what torch must know of it and of the hashes 
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -55,14 +56,27 @@ class NewBox:
 
     def item(self) -> WriteItem:
         """Return it as torch's planner has it."""
-        chunk = ChunkStorageMetadata(torch.Size(self.box.offset), torch.Size(self.box.shape))
+        # There may be a million: what is the same is one object.
+        offset = torch.Size(self.box.offset)
         return WriteItem(
-            index=MetadataIndex(self.key, torch.Size(self.box.offset)),
+            index=MetadataIndex(self.key, offset),
             type=WriteItemType.SHARD,
             tensor_data=TensorWriteData(
-                chunk, TensorProperties(dtype=self.dtype), torch.Size(self.shape)
+                ChunkStorageMetadata(offset, _size(self.box.shape)),
+                _properties(self.dtype),
+                _size(self.shape),
             ),
         )
+
+
+@functools.cache
+def _size(shape: tuple[int, ...]) -> torch.Size:
+    return torch.Size(shape)
+
+
+@functools.cache
+def _properties(dtype: torch.dtype) -> TensorProperties:
+    return TensorProperties(dtype=dtype)
 
 
 @dataclass(frozen=True)
