@@ -104,12 +104,6 @@ RULES = (
         "the flag",
     ),
     Rule(
-        "rl_offload_optimizer_during_inference",
-        _is_set,
-        "--rl-offload-optimizer-during-inference",
-        "its state is not moved to the CPU; drop the flag",
-    ),
-    Rule(
         "ckpt_format",
         lambda value: value not in _CHECKPOINT_FORMATS,
         "--ckpt-format other than torch_dist or torch",
@@ -161,6 +155,18 @@ CUDA_GRAPH_RULES = (
         _is_set,
         "--overlap-param-gather-with-optimizer-step",
         "a replayed gather cannot be waited for; drop one of the two",
+    ),
+    Rule(
+        "rl_offload_optimizer_during_inference",
+        _is_set,
+        "--rl-offload-optimizer-during-inference",
+        "a replayed step looks for the state where it was; drop one of the two",
+    ),
+    Rule(
+        "timing_log_level",
+        lambda value: value > 0,
+        "--timing-log-level above 0",
+        "timers in the step wait for the device, which cannot be captured; drop one of the two",
     ),
     Rule(
         "weight_decay_incr_style",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import prepare_corpus, pretrain, saved_tensors
+from pretraining import pretrain, saved_tensors
 
 pytestmark = pytest.mark.smoke
 
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.smoke
 EXCHANGE = os.environ.get("FLASHOPTIM_CHECKPOINTS")
 FORMATS = {"dp_reshardable": (), "fully_reshardable": ("--dist-ckpt-optim-fully-reshardable",)}
 FLASH = ("--optimizer", "flash_adamw", "--train-iters", "8")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,13 @@ from typing import Any
 import pytest
 import torch
 from console import run
-from pretraining import LOSS, MODEL, data_flags, device_flags, prepare_corpus, saved_tensors
+from pretraining import LOSS, MODEL, data_flags, device_flags, saved_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 # A checkout of Megatron-LM core_v0.19.0; its scripts are not in the megatron-core wheel.
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 
 THEORETICAL = re.compile(r"Theoretical memory footprints: weight and optimizer=([\d.]+) MB")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the corpus with the project's own script."""
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def _launch(script: Path, corpus: Path, *flags: str, ranks: int = 2) -> subprocess.CompletedProcess:
