@@ -29,7 +29,7 @@ def train(
             returns the dict that it fills.
 
     Returns:
-        What each rank's ``watch`` filled, and ``printed``, ``lines`` (log lines of this package),
+        What each rank's ``watch`` filled, and ``log`` (messages by the name of their logger),
         ``exit`` (code of ``SystemExit`` or None) and ``error`` (of a RuntimeError, or None).
     """
     script = [str(pretraining.SCRIPT), *pretraining.MODEL, *pretraining.device_flags()]
@@ -40,14 +40,15 @@ def _train(arguments: list[str], watch: Callable[[], dict[str, Any]] | None) -> 
     logging.disable(logging.NOTSET)
     use_as_megatrons_adam()
     found: dict[str, Any] = {} if watch is None else watch()
-    lines: list[str] = []
+    log: dict[str, list[str]] = {}
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    handler.addFilter(lambda record: record.name.startswith("megatron_flashoptim"))
-    logging.getLogger().addHandler(handler)
-    found.update(printed="", exit=None, error=None, lines=lines)
+    handler.emit = lambda record: log.setdefault(record.name, []).append(record.getMessage())
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)  # as Megatron does in a process of its own
+    found.update(log=log, exit=None, error=None)
     try:
-        found["printed"] = pretraining._pretrain(arguments)
+        pretraining._pretrain(arguments)
     except SystemExit as stop:
         found["exit"] = stop.code
     except RuntimeError as problem:
