@@ -323,6 +323,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
     def _copy_model_grads_to_main_grads(self) -> None:
         """Reset the gradient scale; gradients are read where they are."""
         if not self.is_stub_optimizer:
+            self.optimizer.check_not_offloaded()  # before gradients are read: theirs may be freed
             self.optimizer.table.grad_scale.fill_(1.0)
 
     def _unscale_main_grads_and_check_for_nan(self) -> bool:

@@ -119,11 +119,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("FlashOptimizer.step takes no closure")
-        if self._offloaded:
-            raise RuntimeError(
-                "the state of the flash optimizer is on the CPU; call restore_from_cpu() "
-                "before a step"
-            )
+        self.check_not_offloaded()
         if self._device_hyper is not None:
             self._device_hyper.advance(self.flash.seed)
         else:
@@ -139,6 +135,18 @@ class FlashOptimizer(torch.optim.Optimizer):
                 self.table,
                 exp_avg_sq_rounding=rounding,
                 master_rounding=self.flash.master_rounding,
+            )
+
+    def check_not_offloaded(self) -> None:
+        """Refuse a step whose state is elsewhere.
+
+        Raises:
+            RuntimeError: ``offload()`` was called and ``restore()`` was not.
+        """
+        if self._offloaded:
+            raise RuntimeError(
+                "the state of the flash optimizer is offloaded to the CPU; call "
+                "optimizer.restore_from_cpu() before optimizer.step()"
             )
 
     def offload(self) -> None:

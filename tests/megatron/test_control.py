@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from pretraining import saved_tensors
-from watched_training import ADAM, FLASH, around_steps, train
+from ranks import run_ranks
+from watched_training import ADAM, FLASH, around_steps, train, train_here
 
 LENGTH = ("--train-iters", "4")
 SAVED = ("--deterministic-mode", *LENGTH)
@@ -164,3 +165,39 @@ def test_reproducible_nan_saves_the_state_of_before_it(
         assert rank["steps"] == 3 and rank["untouched"]
         assert rank["exit"] == 16, "Megatron's code for: resume to find the culprit"
     _assert_same_bits(tmp_path / "iter_0000002", whole / "iter_0000002")
+
+
+def _broken() -> dict[str, Any]:
+    """Break the third step on all ranks: gradients are clipped, nothing is stepped yet."""
+
+    @contextlib.contextmanager
+    def around(optimizer: Any, number: int) -> Iterator[None]:
+        if number == 3:
+            optimizer.step_with_ready_grads = _break
+        yield
+
+    around_steps(around)
+    return {}
+
+
+def _break() -> None:
+    raise RuntimeError("broken on purpose")
+
+
+def _restarted(corpus: Path, load: tuple[str, ...], flags: tuple[str, ...]) -> dict[str, Any]:
+    from megatron.training import inprocess_restart
+
+    first = train_here(corpus, flags, _broken)
+    # What Megatron has nvidia-resiliency-ext call before it calls pretrain again.
+    inprocess_restart.destroy_state()
+    second = train_here(corpus, (*flags, *load), _counted)
+    return {"first": first["error"], "second": second["error"], "forward": second["forward"]}
+
+
+def test_a_broken_run_starts_again_in_the_same_process(
+    corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    flags = (*SAVED, *FLASH, "--save", str(tmp_path), "--save-interval", "2")
+    for rank in run_ranks(2, _restarted, corpus, ("--load", str(tmp_path)), flags):
+        assert rank == {"first": "broken on purpose", "second": None, "forward": 2}
+    _assert_same_bits(tmp_path / "iter_0000004", whole / "iter_0000004")

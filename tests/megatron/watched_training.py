@@ -32,11 +32,15 @@ def train(
         What each rank's ``watch`` filled, and ``log`` (messages by the name of their logger),
         ``exit`` (code of ``SystemExit`` or None) and ``error`` (of a RuntimeError, or None).
     """
+    return run_ranks(ranks, train_here, corpus, flags, watch)
+
+
+def train_here(
+    corpus: Path, flags: tuple[str, ...], watch: Callable[[], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Train on this rank, as ``train`` does on each; returns the same."""
     script = [str(pretraining.SCRIPT), *pretraining.MODEL, *pretraining.device_flags()]
-    return run_ranks(ranks, _train, [*script, *pretraining.data_flags(corpus), *flags], watch)
-
-
-def _train(arguments: list[str], watch: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+    arguments = [*script, *pretraining.data_flags(corpus), *flags]
     logging.disable(logging.NOTSET)
     use_as_megatrons_adam()
     found: dict[str, Any] = {} if watch is None else watch()
