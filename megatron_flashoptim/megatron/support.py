@@ -100,8 +100,8 @@ RULES = (
         "qk_clip",
         _is_set,
         "--qk-clip",
-        "it clips weight and main parameter one after the other, which are one tensor here; drop "
-        "the flag",
+        "Megatron clips whole main parameters, and those of a distributed optimizer are flat parts "
+        "(with Adam the first clipped step fails); drop the flag",
     ),
     Rule(
         "ckpt_format",

@@ -15,8 +15,8 @@ from watched_training import ADAM, FLASH, around_steps, train
 
 STEPS = 4
 FLAGS = f"""--train-iters {STEPS} --disable-bias-linear --untie-embeddings-and-output-weights
---loss-scale 64 --timing-log-level 2 --log-interval 1 --tensorboard-log-interval 1 --log-timers-to-tensorboard
---log-memory-to-tensorboard --log-world-size-to-tensorboard""".split()
+--loss-scale 64 --timing-log-level 2 --log-interval 1 --tensorboard-log-interval 1
+--log-timers-to-tensorboard --log-memory-to-tensorboard --log-world-size-to-tensorboard""".split()
 TIMERS = {
     "optimizer",
     "optimizer-copy-to-main-grad",
