@@ -152,7 +152,7 @@ class FlashOptimizer(torch.optim.Optimizer):
     def offload(self) -> None:
         """Move the state of all shards to the CPU; views of weights and gradients stay.
 
-        It can be saved and loaded there, but not stepped.
+        No step can be taken until ``restore()``.
         """
         for shard in self.shards:
             shard.move_state("cpu")

@@ -15,6 +15,8 @@ from pretraining import saved_tensors
 from ranks import run_ranks
 from watched_training import ADAM, FLASH, around_steps, train, train_here
 
+# Older releases want it given for --deterministic-mode, 0.19 gives it itself.
+os.environ.setdefault("NCCL_ALGO", "Ring")
 LENGTH = ("--train-iters", "4")
 SAVED = ("--deterministic-mode", *LENGTH)
 
