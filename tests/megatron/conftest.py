@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ def _megatron(megatron: None) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the corpus with the project's own script, once for all runs of the training loop."""
-    from pretraining import prepare_corpus
-
-    return prepare_corpus(tmp_path_factory.mktemp("corpus"))
+    """Build the corpus with the project's own script."""
+    folder = tmp_path_factory.mktemp("corpus")
+    script = Path(__file__).resolve().parents[2] / "scripts" / "prepare_corpus.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
