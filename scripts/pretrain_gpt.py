@@ -30,6 +30,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, training
 from megatron.training.arguments import core_transformer_config_from_args
@@ -64,12 +65,26 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> dict[str, Any]:
     }
 
 
+def check_loss(loss: torch.Tensor) -> None:
+    """Have Megatron look at this rank's loss, as its own scripts do."""
+    args = get_args()
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            message = f"found {name} in local forward loss calculation"
+            machine.validate_result(loss, rejection_func=rejected, message=message, fatal=True)
+    if args.check_for_spiky_loss:
+        spiky = partial(machine.is_unexpectedly_large, threshold=10, context="loss")
+        machine.validate_result(loss, rejection_func=spiky, message="Spiky loss", fatal=False)
+
+
 def loss_func(
     loss_mask: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the summed loss, the number of tokens, and both for the log."""
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
+    check_loss(loss)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
     return loss, num_tokens, {"lm loss": report}

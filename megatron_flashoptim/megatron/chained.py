@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,23 +61,41 @@ class FlashChainedOptimizer(ChainedOptimizer):
         self.grad_norms_by_group: dict[str, torch.Tensor] = {}
         if self.prepare_grads():
             return False, None, None
-        grad_norm = self.get_grad_norm()
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        clips = any(member.config.clip_grad > 0.0 for member in members)
-        if clips and versions.separate_grad_norm_groups():
-            self._compute_grad_norms_by_group()
+        with self._timed("optimizer-clip-main-grad"):
+            grad_norm = self.get_grad_norm()
+            clips = any(member.config.clip_grad > 0.0 for member in members)
+            if clips and versions.separate_grad_norm_groups():
+                self._compute_grad_norms_by_group()
+            for member in members:
+                if member.config.clip_grad > 0.0:
+                    member.scale_to_norm(grad_norm, self.grad_norms_by_group)
         too_large = False
         for member in members:
-            if member.config.clip_grad > 0.0:
-                member.scale_to_norm(grad_norm, self.grad_norms_by_group)
             threshold = versions.grad_norm_skip_threshold(member.config)
             if math.isfinite(threshold) and bool(grad_norm > threshold):
                 message = f"step skipped: gradient norm {float(grad_norm)} above {threshold}"
                 log_single_rank(logger, logging.INFO, message)
                 too_large = True
-        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        zeros = None
+        if self.config.log_num_zeros_in_grad:
+            with self._timed("optimizer-count-zeros"):
+                zeros = self.count_zeros()
         success = not too_large and self.step_with_ready_grads()
         return success, grad_norm, zeros
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Run Megatron's timer of that name; below its log level the host waits for nothing.
+
+        Megatron's chain lacks these timers, though its log and its single optimizers have them.
+        """
+        timers = self.config.timers
+        if timers is not None:
+            timers(name, log_level=1).start(barrier=self.config.barrier_with_L1_time)
+        yield
+        if timers is not None:
+            timers(name).stop()
 
     def _step(self) -> bool:
         """Step all members; gather the first model chunk while later ones are being stepped.
@@ -292,10 +312,11 @@ class FlashChainedOptimizer(ChainedOptimizer):
         flash = members[0].flash
         beta2 = max(group["betas"][1] for m in members for group in m.optimizer.param_groups)
         launches = sum(bool(shard.segments) for m in members for shard in m.optimizer.shards)
+        counted = "1 launch" if launches == 1 else f"{launches} launches"
         return (
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "
             f"parameter, {flash.master_bits}-bit masters ({flash.master_rounding} rounding), "
-            f"second moment rounded {flash.resolve_rounding(beta2)}, {launches} launches per step"
+            f"second moment rounded {flash.resolve_rounding(beta2)}, {counted} per step"
         )
 
 

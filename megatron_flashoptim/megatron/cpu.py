@@ -8,6 +8,7 @@ the identity here, where a GPU would copy.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
@@ -177,7 +178,7 @@ def _redirect_cuda_module() -> None:
         "device_memory_used",
     ):
         setattr(cuda, name, lambda *_: 0)
-    cuda.memory_stats = lambda *_: {}
+    cuda.memory_stats = lambda *_: collections.defaultdict(int)  # every figure is 0
 
 
 def _let_norms_be_sequence_parallel(norm_class: Any) -> None:

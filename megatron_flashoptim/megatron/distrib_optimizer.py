@@ -323,6 +323,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
     def _copy_model_grads_to_main_grads(self) -> None:
         """Reset the gradient scale; gradients are read where they are."""
         if not self.is_stub_optimizer:
+            self.optimizer.check_not_offloaded()  # before gradients are read: theirs may be freed
             self.optimizer.table.grad_scale.fill_(1.0)
 
     def _unscale_main_grads_and_check_for_nan(self) -> bool:
@@ -370,20 +371,18 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
             self._set_master(item, source.to(device=item.param.device, dtype=torch.float32))
 
     def offload_to_cpu(self) -> None:
-        """Refuse to move the state: shards are views of buffers that stay on the GPU.
+        """Move the state to host memory and free its device memory, for inference in RL.
 
-        Raises:
-            NotImplementedError: always.
+        The high part of the masters stays where it is: it is the weights that inference uses.
         """
-        raise NotImplementedError("flash optimizer state cannot be offloaded to the CPU yet")
+        if not self.is_stub_optimizer:
+            self.optimizer.offload()
+            torch.cuda.empty_cache()
 
     def restore_from_cpu(self) -> None:
-        """Refuse, as ``offload_to_cpu`` does.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("flash optimizer state cannot be offloaded to the CPU yet")
+        """Move the state back to the device, which must happen before a step."""
+        if not self.is_stub_optimizer:
+            self.optimizer.restore()
 
 
 def _shard_of_bucket(

@@ -102,14 +102,8 @@ RULES = (
         "qk_clip",
         _is_set,
         "--qk-clip",
-        "it clips weight and main parameter one after the other, which are one tensor here; drop "
-        "the flag",
-    ),
-    Rule(
-        "rl_offload_optimizer_during_inference",
-        _is_set,
-        "--rl-offload-optimizer-during-inference",
-        "its state is not moved to the CPU; drop the flag",
+        "Megatron clips whole main parameters, and those of a distributed optimizer are flat parts "
+        "(with Adam the first clipped step fails); drop the flag",
     ),
     Rule(
         "overlap_param_gather_with_optimizer_step",
@@ -170,6 +164,18 @@ CUDA_GRAPH_RULES = (
         _is_set,
         "--overlap-param-gather-with-optimizer-step",
         "a replayed gather cannot be waited for; drop one of the two",
+    ),
+    Rule(
+        "rl_offload_optimizer_during_inference",
+        _is_set,
+        "--rl-offload-optimizer-during-inference",
+        "a replayed step looks for the state where it was; drop one of the two",
+    ),
+    Rule(
+        "timing_log_level",
+        lambda value: value > 0,
+        "--timing-log-level above 0",
+        "timers in the step wait for the device, which cannot be captured; drop one of the two",
     ),
     Rule(
         "weight_decay_incr_style",

@@ -55,6 +55,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.row_groups: list[int] = []
         self.table = HyperTable(0, "cpu")
         self._capturable = capturable
+        self._offloaded = False
         self._device_hyper: DeviceHyper | None = None
 
     def attach(
@@ -114,9 +115,11 @@ class FlashOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a closure is given; gradients are ready when Megatron steps.
+            RuntimeError: the state is offloaded.
         """
         if closure is not None:
             raise ValueError("FlashOptimizer.step takes no closure")
+        self.check_not_offloaded()
         if self._device_hyper is not None:
             self._device_hyper.advance(self.flash.seed)
         else:
@@ -133,6 +136,33 @@ class FlashOptimizer(torch.optim.Optimizer):
                 exp_avg_sq_rounding=rounding,
                 master_rounding=self.flash.master_rounding,
             )
+
+    def check_not_offloaded(self) -> None:
+        """Refuse a step whose state is elsewhere.
+
+        Raises:
+            RuntimeError: ``offload()`` was called and ``restore()`` was not.
+        """
+        if self._offloaded:
+            raise RuntimeError(
+                "the state of the flash optimizer is offloaded to the CPU; call "
+                "optimizer.restore_from_cpu() before optimizer.step()"
+            )
+
+    def offload(self) -> None:
+        """Move the state of all shards to the CPU; views of weights and gradients stay.
+
+        No step can be taken until ``restore()``.
+        """
+        for shard in self.shards:
+            shard.move_state("cpu")
+        self._offloaded = True
+
+    def restore(self) -> None:
+        """Move the state back beside the weights."""
+        for shard in self.shards:
+            shard.move_state(shard.param.device)
+        self._offloaded = False
 
     def nbytes(self) -> int:
         """Return the bytes of optimizer state and tables on this rank."""

@@ -97,6 +97,11 @@ class BucketShard:
             if tensor is not None:
                 yield name, tensor
 
+    def move_state(self, device: torch.device | str) -> None:
+        """Move the checkpointed state to a device; the tensors stay the same objects."""
+        for _, tensor in self.state():
+            tensor.data = tensor.data.to(device)
+
     def nbytes(self) -> int:
         """Return the bytes of all tensors the shard holds beside its param and grad views."""
         return sum(t.nbytes for _, t in self.state()) + self.segments.nbytes()

@@ -72,7 +72,11 @@ REFUSED = {
     "--optimizer-cuda-graph --cuda-graph-warmup-steps 0": ("--cuda-graph-warmup-steps", "1 or"),
     "--non-persistent-ckpt-type local": ("--non-persistent-ckpt-type local", "use global"),
     "--qk-clip": ("--qk-clip", "drop the flag"),
-    "--rl-offload-optimizer-during-inference": ("--rl-offload-optimizer", "drop the flag"),
+    "--optimizer-cuda-graph --rl-offload-optimizer-during-inference": (
+        "--rl-offload-optimizer-during-inference",
+        "drop one",
+    ),
+    "--optimizer-cuda-graph --timing-log-level 1": ("--timing-log-level above 0", "drop one"),
     "--optimizer-cuda-graph --overlap-param-gather-with-optimizer-step": (
         "--overlap-param-gather-with-optimizer-step",
         "drop one",
@@ -234,25 +238,6 @@ def test_a_script_that_builds_megatrons_own_optimizer_is_stopped() -> None:
     (message,) = run_ranks(1, _stock_factory_with_flash_arguments)
     assert "plain Adam in Megatron's own DistributedOptimizer" in message
     assert "megatron_flashoptim.get_megatron_optimizer" in message
-
-
-def _offloading() -> list[str]:
-    import tiny_gpt
-
-    trainer = tiny_gpt.build(tiny_gpt.Setup())
-    messages = []
-    for call in (trainer.optimizer.offload_to_cpu, trainer.optimizer.restore_from_cpu):
-        try:
-            call()
-        except NotImplementedError as problem:
-            messages.append(str(problem))
-    return messages
-
-
-def test_entry_points_without_flash_support_say_so() -> None:
-    (messages,) = run_ranks(1, _offloading)
-    assert len(messages) == 2
-    assert all("offloaded" in message for message in messages)
 
 
 def _name_is_restored() -> None:

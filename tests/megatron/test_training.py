@@ -106,6 +106,8 @@ def test_flash_adamw_follows_adam_in_the_training_loop(
         assert float(loss) == pytest.approx(float(adam[iteration][0]), rel=5e-3)
         assert float(norm) == pytest.approx(float(adam[iteration][1]), rel=1e-4)
         assert float(flash[iteration][1]) > 1.0, "the params norm is never 0"
+    told = "bytes of state per owned parameter"
+    assert adam_and_flash[1].count(told) == 1 and told not in adam_and_flash[0]
 
 
 def test_theoretical_memory_report_is_that_of_the_optimizer(
