@@ -17,6 +17,7 @@ from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.early_gather import EarlyGather
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 )
         super().__init__(chained_optimizers)
         self._per_element: set[str] | None = None
+        members = [member for member in chained_optimizers if not member.is_stub_optimizer]
+        self._early_gather: EarlyGather | None = None
+        if members and members[0].flash.early_param_gather:
+            self._early_gather = EarlyGather(self.model_chunks, members)
 
     @torch.no_grad()
     def step(self) -> tuple[bool, torch.Tensor | None, int | None]:
@@ -57,6 +62,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
             norm is an fp32 scalar on the device.
         """
         self.grad_norms_by_group: dict[str, torch.Tensor] = {}
+        if self._early_gather is not None:
+            self._early_gather.begin()
         if self.prepare_grads():
             return False, None, None
         grad_norm = self.get_grad_norm()
@@ -76,6 +83,16 @@ class FlashChainedOptimizer(ChainedOptimizer):
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         success = not too_large and self.step_with_ready_grads()
         return success, grad_norm, zeros
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Step all members, and with early gather dispatch the gathers of their weights."""
+        if self._early_gather is None:
+            return bool(super().step_with_ready_grads())
+        self._early_gather.begin()
+        success = bool(super().step_with_ready_grads())
+        self._early_gather.launch_and_gather()
+        return success
 
     def _step(self) -> bool:
         """Step all members; gather the first model chunk while later ones are being stepped.
