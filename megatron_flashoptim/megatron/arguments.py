@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.megatron.support import first_refusal
+from megatron_flashoptim.megatron.support import early_gather_refusal, first_refusal
 from megatron_flashoptim.optim.config import OPTIMIZER_NAMES, ROUNDING_POLICIES, FlashOptimConfig
 
 # Namespace attribute that holds the flash optimizer's name, or None.
@@ -40,6 +40,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--flash-master-rounding": {
         "choices": spec.ROUNDINGS,
         "help": "Rounding of the master weight. Default nearest.",
+    },
+    "--flash-early-param-gather": {
+        "action": "store_true",
+        "help": "With --overlap-param-gather, start the all-gather of a bucket as soon as it is "
+        "stepped, in the order of the next forward pass, not in that pass.",
     },
 }
 
@@ -104,6 +109,10 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
         config = FlashOptimConfig(optimizer=name, seed=namespace.seed, **fields)
     except ValueError as problem:
         error(str(problem))
+    if config.early_param_gather:
+        refusal = early_gather_refusal(namespace)
+        if refusal is not None:
+            error(refusal)
     for flag in _FLAGS:
         setattr(namespace, _dest(flag), getattr(config, _dest(flag).removeprefix("flash_")))
     setattr(namespace, FIELD, name)
@@ -121,6 +130,7 @@ def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
         exp_avg_sq_code=args.flash_exp_avg_sq_code,
         rounding=args.flash_rounding,
         master_rounding=args.flash_master_rounding,
+        early_param_gather=args.flash_early_param_gather,
         seed=args.seed,
     )
 

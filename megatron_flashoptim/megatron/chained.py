@@ -19,6 +19,7 @@ from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.early_gather import EarlyGather
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 )
         super().__init__(chained_optimizers)
         self._per_element: set[str] | None = None
+        members = [member for member in chained_optimizers if not member.is_stub_optimizer]
+        self._early_gather: EarlyGather | None = None
+        if members and members[0].flash.early_param_gather:
+            self._early_gather = EarlyGather(self.model_chunks, members)
 
     @torch.no_grad()
     def step(self) -> tuple[bool, torch.Tensor | None, int | None]:
@@ -59,6 +64,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
             norm is an fp32 scalar on the device.
         """
         self.grad_norms_by_group: dict[str, torch.Tensor] = {}
+        if self._early_gather is not None:
+            self._early_gather.begin()
         if self.prepare_grads():
             return False, None, None
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
@@ -96,6 +103,16 @@ class FlashChainedOptimizer(ChainedOptimizer):
         yield
         if timers is not None:
             timers(name).stop()
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Step all members, and with early gather dispatch the gathers of their weights."""
+        if self._early_gather is None:
+            return bool(super().step_with_ready_grads())
+        self._early_gather.begin()
+        success = bool(super().step_with_ready_grads())
+        self._early_gather.launch_and_gather()
+        return success
 
     def _step(self) -> bool:
         """Step all members; gather the first model chunk while later ones are being stepped.

@@ -47,6 +47,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         flash: the configuration in force.
         optimizer: the ``FlashOptimizer`` with the bucket shards.
         shard_params: where each owned parameter lies in the shards.
+        shard_buckets: DDP's bucket of each shard.
 
     Raises:
         ValueError: an option that flash optimizers do not support, or a model wrapped in DDP
@@ -67,7 +68,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
     ) -> None:
         versions.check()
         self.flash = flash or FlashOptimConfig()
-        check_configs(config, model_chunks)
+        check_configs(config, model_chunks, self.flash)
         inner = None if optimizer is None else self._make_inner(optimizer, config)
         super().__init__(
             optimizer,
@@ -80,6 +81,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
             **kwargs,
         )
         self.shard_params: list[ShardParam] = []
+        self.shard_buckets: list[Any] = []
         self._clip_handles: list[torch.nn.Parameter] = []
         self._runs: dict[str | None, GradRuns] = {}
         self._every_run: GradRuns | None = None
@@ -197,6 +199,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
                             group_index=group_index,
                         )
                     )
+                self.shard_buckets.append(bucket)
                 shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash))
         for item in self.shard_params:
             remember(item.param, Master(shards[item.shard], item.start, item.end))

@@ -40,7 +40,7 @@ def get_megatron_optimizer(
         RuntimeError: Megatron built something else than flash optimizers.
     """
     flash = flash or FlashOptimConfig()
-    check_configs(config, model_chunks)
+    check_configs(config, model_chunks, flash)
     with _distributed_optimizer_bound_to(flash):
         built = megatron.core.optimizer.get_megatron_optimizer(
             config, model_chunks, *args, **kwargs

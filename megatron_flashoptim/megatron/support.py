@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_flashoptim.megatron import versions
+from megatron_flashoptim.optim.config import FlashOptimConfig
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,47 @@ CUDA_GRAPH_RULES = (
 )
 
 
+# With --flash-early-param-gather.
+EARLY_GATHER_RULES = (
+    Rule(
+        "overlap_param_gather",
+        lambda value: not value,
+        "no --overlap-param-gather",
+        "without it the step waits for all gathers; add --overlap-param-gather",
+    ),
+    Rule(
+        "overlap_param_gather_with_optimizer_step",
+        _is_set,
+        "--overlap-param-gather-with-optimizer-step",
+        "it gathers all model chunks within the step, not the first alone; drop the latter",
+    ),
+    Rule(
+        "optimizer_cuda_graph",
+        _is_set,
+        "--optimizer-cuda-graph",
+        "a replayed gather cannot be waited for; drop one of the two",
+    ),
+    Rule(
+        "cuda_graph_impl",
+        lambda value: value not in (None, "none"),
+        "--cuda-graph-impl other than none",
+        "a captured forward pass cannot wait for a gather from outside; drop one of the two",
+    ),
+)
+
+
+def early_gather_refusal(options: Any) -> str | None:
+    """Return why the options cannot be combined with ``--flash-early-param-gather``, or None.
+
+    Args:
+        options: a namespace; rules whose field it lacks do not apply.
+    """
+    for rule in EARLY_GATHER_RULES:
+        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
+            return f"--flash-early-param-gather cannot be used with {rule.flag}: {rule.reason}"
+    return None
+
+
 def first_refusal(optimizer: str, options: Any) -> str | None:
     """Return why the options cannot be combined with a flash optimizer, or None.
 
@@ -206,12 +249,15 @@ def first_refusal(optimizer: str, options: Any) -> str | None:
     return None
 
 
-def check_configs(config: Any, model_chunks: list[Any]) -> None:
+def check_configs(
+    config: Any, model_chunks: list[Any], flash: FlashOptimConfig | None = None
+) -> None:
     """Refuse configurations that flash optimizers do not support.
 
     Args:
         config: Megatron's ``OptimizerConfig``.
         model_chunks: model chunks wrapped in DistributedDataParallel.
+        flash: formats and rounding; None stands for the defaults.
 
     Raises:
         ValueError: names the option and says what to do.
@@ -224,6 +270,19 @@ def check_configs(config: Any, model_chunks: list[Any]) -> None:
         )
     for options in (config, chunk.ddp_config, getattr(chunk, "config", None)):
         refusal = first_refusal("flash_adamw", options)
+        if refusal is not None:
+            raise ValueError(refusal)
+    if flash is not None and flash.early_param_gather:
+        options = SimpleNamespace(
+            # Not the optimizer config's field of that name, by which nothing is gathered.
+            overlap_param_gather=chunk.ddp_config.overlap_param_gather,
+            overlap_param_gather_with_optimizer_step=(
+                config.overlap_param_gather_with_optimizer_step
+            ),
+            optimizer_cuda_graph=config.optimizer_cuda_graph,
+            cuda_graph_impl=getattr(chunk.config, "cuda_graph_impl", None),
+        )
+        refusal = early_gather_refusal(options)
         if refusal is not None:
             raise ValueError(refusal)
     if config.optimizer != "adam":

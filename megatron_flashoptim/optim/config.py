@@ -30,6 +30,8 @@ class FlashOptimConfig:
             rounding where nearest would stall at the given beta2, see ``resolve_rounding``.
         master_rounding: rounding of the master weight (``--flash-master-rounding``); 16-bit
             masters need "stochastic".
+        early_param_gather: gather the weights of a bucket as soon as it is stepped, not in the next
+            forward pass (``--flash-early-param-gather``); changes no bit.
         seed: seed of all stochastic rounding; ``--optimizer flash_adamw`` uses Megatron's
             ``--seed``.
 
@@ -42,6 +44,7 @@ class FlashOptimConfig:
     exp_avg_sq_code: spec.ExpAvgSqCode = "sqrt"
     rounding: RoundingPolicy = "auto"
     master_rounding: spec.Rounding = "nearest"
+    early_param_gather: bool = False
     seed: int = 1234
 
     def __post_init__(self) -> None:

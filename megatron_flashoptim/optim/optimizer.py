@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_flashoptim.codec import spec
 from megatron_flashoptim.optim.adamw import adamw_step_
 from megatron_flashoptim.optim.capture import DeviceHyper
 from megatron_flashoptim.optim.config import FlashOptimConfig
@@ -35,6 +36,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         shards: bucket shards in the order in which they are stepped.
         table: hyper-parameters on the device; ``table.grad_scale`` scales the gradients.
         row_groups: for each row of the table, the index of its param group.
+        defers_launches: ``step`` prepares the step and leaves each ``launch`` to the caller.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.shards: list[BucketShard] = []
         self.row_groups: list[int] = []
         self.table = HyperTable(0, "cpu")
+        self.defers_launches = False
+        self._rounding: spec.Rounding = "nearest"
         self._capturable = capturable
         self._offloaded = False
         self._device_hyper: DeviceHyper | None = None
@@ -128,14 +132,20 @@ class FlashOptimizer(torch.optim.Optimizer):
             rows = [_adam_hyper(self.param_groups[index]) for index in self.row_groups]
             self.table.fill(rows, seed=self.flash.seed)
         beta2 = max((self.param_groups[index]["betas"][1] for index in self.row_groups), default=0)
-        rounding = self.flash.resolve_rounding(beta2)
-        for shard in self.shards:
-            adamw_step_(
-                shard,
-                self.table,
-                exp_avg_sq_rounding=rounding,
-                master_rounding=self.flash.master_rounding,
-            )
+        self._rounding = self.flash.resolve_rounding(beta2)
+        if not self.defers_launches:
+            for index in range(len(self.shards)):
+                self.launch(index)
+
+    @torch.no_grad()
+    def launch(self, index: int) -> None:
+        """Step one shard by the hyper-parameters of the last ``step``."""
+        adamw_step_(
+            self.shards[index],
+            self.table,
+            exp_avg_sq_rounding=self._rounding,
+            master_rounding=self.flash.master_rounding,
+        )
 
     def check_not_offloaded(self) -> None:
         """Refuse a step whose state is elsewhere.

@@ -49,9 +49,14 @@ def test_flash_adamw_is_adam_for_megatron_plus_our_own_configuration() -> None:
     assert parsed == {"optimizer": "adam", "flash": FlashOptimConfig(seed=77)}
     flags = ("--flash-master-bits", "32", "--flash-rounding", "stochastic")
     flags += ("--flash-master-rounding", "stochastic")
+    flags += ("--flash-early-param-gather", "--overlap-param-gather", "--overlap-grad-reduce")
     (parsed,) = _in_fork(_fields, "--optimizer", "flash_adamw", *flags)
     assert parsed["flash"] == FlashOptimConfig(
-        master_bits=32, rounding="stochastic", master_rounding="stochastic", seed=77
+        master_bits=32,
+        rounding="stochastic",
+        master_rounding="stochastic",
+        early_param_gather=True,
+        seed=77,
     )
 
 
@@ -71,6 +76,11 @@ REFUSED = {
     "--optimizer-cuda-graph --log-num-zeros-in-grad": ("--log-num-zeros-in-grad", "drop one"),
     "--optimizer-cuda-graph --cuda-graph-warmup-steps 0": ("--cuda-graph-warmup-steps", "1 or"),
     "--non-persistent-ckpt-type local": ("--non-persistent-ckpt-type local", "use global"),
+    "--flash-early-param-gather": ("--flash-early-param-gather", "add --overlap-param-gather"),
+    "--flash-early-param-gather --overlap-param-gather --optimizer-cuda-graph": (
+        "--optimizer-cuda-graph",
+        "drop one",
+    ),
     "--qk-clip": ("--qk-clip", "drop the flag"),
     "--optimizer-cuda-graph --rl-offload-optimizer-during-inference": (
         "--rl-offload-optimizer-during-inference",
