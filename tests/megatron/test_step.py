@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decoded import flash_state, stock_state
+from mixed_precision import EXPERTS, MIXED
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
@@ -96,6 +97,8 @@ CASES: dict[str, dict[str, Any]] = {
         "flash": FlashOptimConfig(rounding="nearest"),
     },
     "fp32 model": {"bf16": False},
+    "fp32 norms, bf16 gradients": {**MIXED, "grads_in_fp32": False},
+    "fp32 norms and routers": {**EXPERTS, "ep": 2},
     "tensor parallel": {"tp": 2},
     "pipeline parallel": {"pp": 2},
     "experts": {"ep": 2, "experts": 4},
