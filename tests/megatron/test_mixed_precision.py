@@ -108,3 +108,82 @@ def test_overflow_in_either_buffer_changes_no_byte_of_both(in_fp32: bool) -> Non
     for result, same, steps in run_ranks(2, _overflow, in_fp32):
         assert result == (False, None, None)
         assert same and steps == {1}
+
+
+def _half(model: Any) -> None:
+    model.half()
+
+
+def _refusal(prepare_model: Any) -> str:
+    import tiny_gpt
+
+    try:
+        tiny_gpt.build(tiny_gpt.Setup(prepare_model=prepare_model))
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_fp16_weights_are_refused_also_where_no_option_says_so() -> None:
+    (message,) = run_ranks(1, _refusal, _half)
+    assert "Parameter of torch.float16" in message and "without --fp16" in message
+
+
+class _Quantized(torch.Tensor):
+    """A tensor that says bf16 and wraps bytes, made as Transformer Engine's FP8 weights are."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor) -> _Quantized:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16)
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data = data
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert function is torch.ops.aten.detach.default
+        return cls(args[0]._data)
+
+
+def test_weights_that_are_no_views_of_the_param_buffer_are_refused() -> None:
+    from megatron_flashoptim.megatron.layout import check_weights
+
+    buffer = torch.zeros(64, dtype=torch.bfloat16)
+    bytes_of_fp8 = torch.zeros(64, dtype=torch.uint8)
+    check_weights([torch.nn.Parameter(buffer[:32]), torch.nn.Parameter(buffer[32:])], buffer)
+    for param, data, named in (
+        (torch.nn.Parameter(_Quantized(bytes_of_fp8)), bytes_of_fp8, "in a buffer of torch.uint8"),
+        (torch.nn.Parameter(_Quantized(bytes_of_fp8)), buffer, "a _Quantized of torch.bfloat16"),
+        (torch.nn.Parameter(buffer.clone()), buffer, "a Parameter of torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            check_weights([param], data)
+
+
+def _configured(recipe: str) -> tuple[str | None, bool, list[str | None]]:
+    """Return what Megatron makes of ``--fp8-format`` for the optimizer, and our refusals of it."""
+    from megatron.training import arguments, training
+    from test_hook import BASE, _parse
+
+    from megatron_flashoptim.megatron.support import first_refusal
+
+    base = [flag for flag in BASE if flag not in ("--transformer-impl", "local")]
+    args = _parse(
+        *("--optimizer", "flash_adamw", "--fp8-format", "hybrid", "--fp8-recipe", recipe),
+        base=base,
+    )
+    assert not isinstance(args, str), args
+    args = arguments.validate_args(args)
+    optimizer, _ = training.get_megatron_optimizer_config(args)
+    configs = (optimizer, training.get_megatron_ddp_config(args))
+    refusals = [first_refusal("flash_adamw", config) for config in configs]
+    return optimizer.fp8_recipe, args.fp8_param_gather, refusals
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_computation_on_bf16_weights_is_accepted(recipe: str) -> None:
+    assert run_ranks(1, _configured, recipe) == [(recipe, False, [None, None])]
