@@ -98,3 +98,9 @@ class BucketSpace:
     def layout(self) -> list[list[int]]:
         """Return the number of elements of each bucket of each buffer, without end padding."""
         return [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in self.buffers]
+
+    def weights(self) -> list[str]:
+        """Return the dtype of the weights of each buffer, such as ``"bfloat16"``."""
+        shards = iter(self.shards)
+        of_buffers = [[next(shards) for _ in buffer.buckets] for buffer in self.buffers]
+        return [str(first.param.dtype).removeprefix("torch.") for first, *_ in of_buffers]

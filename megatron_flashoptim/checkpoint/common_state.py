@@ -50,7 +50,7 @@ def of_flash(
         }
         for group in _groups(folder)
     ]
-    own = {key: described[key] for key in described if key != metadata.PER_ELEMENT_SCALES}
+    own = {key: described[key] for key in described if key not in metadata.OF_MODEL_SPACE}
     optimizer = {
         "optimizer": {"param_groups": groups},
         metadata.KEY: own,

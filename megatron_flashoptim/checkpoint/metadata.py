@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
@@ -37,6 +38,13 @@ _CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {"master_bits": can_conver
 
 BUCKETS = "buckets"
 PER_ELEMENT_SCALES = "per_element_scales"
+# In checkpoints of bf16 models of which some parameters are fp32, and then their own masters:
+# dtypes of the buffers (dp_reshardable), or model keys (fully_reshardable).
+BUFFER_WEIGHTS = "buffer_weights"
+FP32_WEIGHTS = "fp32_weights"
+# What ``describe_groups`` adds.
+OF_MODEL_SPACE = (PER_ELEMENT_SCALES, FP32_WEIGHTS)
+BFLOAT16, FLOAT32 = "bfloat16", "float32"
 
 
 def describe(flash: FlashOptimConfig, weights: str) -> dict[str, Any]:
@@ -45,7 +53,8 @@ def describe(flash: FlashOptimConfig, weights: str) -> dict[str, Any]:
     Args:
         flash: the configuration in force.
         weights: dtype of the model weights, ``"bfloat16"`` or ``"float32"``: whether they are the
-            high part of the master or all of it.
+            high part of the master or all of it. Single parameters of a bf16 model may be fp32,
+            see ``describe_buckets`` and ``describe_groups``.
     """
     return {
         "version": FORMAT_VERSION,
@@ -56,14 +65,26 @@ def describe(flash: FlashOptimConfig, weights: str) -> dict[str, Any]:
     }
 
 
-def describe_buckets(spaces: Iterable[BucketSpace]) -> dict[str, Any]:
+def describe_buckets(spaces: Sequence[BucketSpace]) -> dict[str, Any]:
     """Return what ``dp_reshardable`` depends on: the buckets of global rank 0."""
-    return {BUCKETS: [space.layout() for space in spaces]}
+    described: dict[str, Any] = {BUCKETS: [space.layout() for space in spaces]}
+    dtypes = [space.weights() for space in spaces]
+    if len({dtype for space in dtypes for dtype in space}) > 1:
+        described[BUFFER_WEIGHTS] = dtypes
+    return described
 
 
-def describe_groups(per_element: Iterable[str]) -> dict[str, Any]:
-    """Return what ``fully_reshardable`` depends on: keys with scales per element."""
-    return {PER_ELEMENT_SCALES: sorted(per_element)}
+def describe_groups(per_element: Iterable[str], fp32: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what ``fully_reshardable`` depends on.
+
+    Args:
+        per_element: model keys with scales per element.
+        fp32: model keys with fp32 weights in a bf16 model.
+    """
+    described = {PER_ELEMENT_SCALES: sorted(per_element)}
+    if fp32 := sorted(fp32):
+        described[FP32_WEIGHTS] = fp32
+    return described
 
 
 def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -> None:
@@ -136,7 +157,10 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
     if any(space.dp_group_index != 0 for space in spaces):
         return  # the checkpoint describes the buckets of the first model-parallel rank
     layout = [space.layout() for space in spaces]
-    if saved.get(BUCKETS) != layout:
+    dtypes = [space.weights() for space in spaces]
+    theirs = saved.get(BUFFER_WEIGHTS, [[saved["weights"]] * len(space) for space in dtypes])
+    # Other dtypes make other buckets; with the same ones, something else did.
+    if saved.get(BUCKETS) != layout and set(chain(*theirs)) == set(chain(*dtypes)):
         raise ValueError(
             f"the checkpoint was saved with buckets of {saved.get(BUCKETS)} elements, this run has "
             f"{layout}: dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
@@ -144,6 +168,56 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
             "bucket size grows with data-parallel sizes above 40; give the saved run's). "
             "Checkpoints saved with --dist-ckpt-optim-fully-reshardable load anywhere"
         )
+    if theirs != dtypes:
+        raise ValueError(
+            f"the checkpoint was saved with weights of {theirs} in DDP's buffers, this run has "
+            f"{dtypes}; {_SAME_DTYPES}"
+        )
+
+
+def check_weights(saved: dict[str, Any], dtypes: Iterable[tuple[str, str]]) -> None:
+    """Refuse a checkpoint in which the weights of a parameter have another dtype.
+
+    Args:
+        saved: description of a checkpoint in model space.
+        dtypes: model keys of this run, each with the dtype of its weights.
+
+    Raises:
+        ValueError: names a key and both dtypes.
+    """
+    fp32 = set(saved.get(FP32_WEIGHTS, ()))
+    for key, dtype in sorted(dtypes):
+        theirs = FLOAT32 if key in fp32 else saved["weights"]
+        if theirs != dtype:
+            raise ValueError(
+                f"the weights of {key} are {theirs} in the checkpoint and {dtype} in this run; "
+                f"{_SAME_DTYPES}"
+            )
+
+
+_SAME_DTYPES = (
+    "keep the same parameters in fp32, or load the weights alone with --no-load-optim --no-load-rng"
+)
+
+
+def fp32_keys(dtypes: Iterable[tuple[str, str]]) -> set[str]:
+    """Return the model keys with fp32 weights.
+
+    Args:
+        dtypes: model keys of all ranks, each with the dtype of its weights.
+
+    Raises:
+        ValueError: the weights under a key have several dtypes.
+    """
+    found: dict[str, str] = {}
+    for key, dtype in sorted(dtypes):
+        if found.setdefault(key, dtype) != dtype:
+            raise ValueError(
+                f"some weights of {key} are bf16 and some fp32: in torch_dist Megatron keeps "
+                "layers of one kind in one tensor, which has one dtype. Give them one, or save "
+                "with --ckpt-format torch"
+            )
+    return {key for key, dtype in found.items() if dtype == FLOAT32}
 
 
 def check_covered(ranks: Iterable[dict[str, tuple[int, int]]]) -> None:

@@ -124,7 +124,7 @@ class Recoding:
         """dtype of the weights that have optimizer state, as the metadata names it."""
         tensors = self._folder.reader.tensors()
         dtypes = {tensors[key].properties.dtype for key in self._folder.state()}
-        return "bfloat16" if torch.bfloat16 in dtypes else "float32"
+        return metadata.BFLOAT16 if torch.bfloat16 in dtypes else metadata.FLOAT32
 
     @cached_property
     def per_element(self) -> set[str]:
@@ -138,7 +138,14 @@ class Recoding:
     def described(self) -> dict[str, Any]:
         """Return the description of the new flash state."""
         described = metadata.describe(self.flash, self.weights_dtype)
-        return described | metadata.describe_groups(self.per_element)
+        return described | metadata.describe_groups(self.per_element, self._fp32_in_bf16())
+
+    def _fp32_in_bf16(self) -> list[str]:
+        """Return the model keys with fp32 weights in a bf16 model."""
+        if self.weights_dtype != metadata.BFLOAT16:
+            return []
+        tensors = self._folder.reader.tensors()
+        return [k for k in self._folder.state() if tensors[k].properties.dtype == torch.float32]
 
     def spans(self) -> Iterator[Span]:
         """Yield all weights, cut into spans."""

@@ -15,7 +15,6 @@ from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.deviation import Report
-from megatron_flashoptim.checkpoint.model_space import ModelSpace
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
@@ -44,7 +43,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     "megatron-core builds optimizers in a way megatron-flashoptim does not know"
                 )
         super().__init__(chained_optimizers)
-        self._per_element: set[str] | None = None
+        self._agreed: dict[str, Any] | None = None
         members = [member for member in chained_optimizers if not member.is_stub_optimizer]
         self._early_gather: EarlyGather | None = None
         if members and members[0].flash.early_param_gather:
@@ -186,7 +185,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         if members:
             assert content is not None  # it has a sharding type
             if is_loading:
-                self._check(content, members)
+                self._check(content, members, model_sharded_state_dict)
             else:
                 content[metadata.KEY] = self._describe(content, members, model_sharded_state_dict)
         if (
@@ -271,11 +270,19 @@ class FlashChainedOptimizer(ChainedOptimizer):
         for chunk in self.model_chunks:  # ranks have moved their own part of the weights
             chunk.start_param_sync(force_sync=True)
 
-    def _check(self, content: dict[str, Any], members: list[FlashDistributedOptimizer]) -> None:
-        saved = content.get(metadata.KEY)
+    def _check(
+        self,
+        content: dict[str, Any],
+        members: list[FlashDistributedOptimizer],
+        model_sharded_state_dict: Any,
+    ) -> None:
+        saved = content[metadata.KEY]
         metadata.check(saved, members[0].flash, members[0].weights_dtype())
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
-            metadata.check_buckets(content[metadata.KEY], [m.bucket_space() for m in members])
+            metadata.check_buckets(saved, [m.bucket_space() for m in members])
+            return
+        for member in members:
+            metadata.check_weights(saved, member.weights_of_keys(model_sharded_state_dict))
 
     def _describe(
         self,
@@ -286,23 +293,33 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """Return the description of the state to save, the same on all ranks but for buckets."""
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
-            return described | metadata.describe_buckets(m.bucket_space() for m in members)
-        if self._per_element is None:
-            spaces = [member.model_space(model_sharded_state_dict) for member in members]
-            self._per_element = self._agree(spaces)
-        return described | metadata.describe_groups(self._per_element)
+            return described | metadata.describe_buckets([m.bucket_space() for m in members])
+        if self._agreed is None:
+            self._agreed = self._agree(members, model_sharded_state_dict)
+        return described | self._agreed
 
-    def _agree(self, spaces: list[ModelSpace]) -> set[str]:
-        """Return the keys with broken groups on any rank, a collective of all ranks.
+    def _agree(
+        self, members: list[FlashDistributedOptimizer], model_sharded_state_dict: Any
+    ) -> dict[str, Any]:
+        """Return what any rank says of keys in model space, a collective of all ranks.
 
         Raises:
-            ValueError: a tensor's state would be incomplete; on all ranks.
+            ValueError: a tensor's state would be incomplete, or its weights have several dtypes;
+                on all ranks.
         """
-        local = [(space.keys_with_broken_groups(), space.covered()) for space in spaces]
+        local = []
+        for member in members:
+            space = member.model_space(model_sharded_state_dict)
+            dtypes = member.weights_of_keys(model_sharded_state_dict)
+            local.append((space.keys_with_broken_groups(), space.covered(), dtypes))
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, local)
-        metadata.check_covered(covered for rank in gathered for _, covered in rank)
-        return {key for rank in gathered for keys, _ in rank for key in keys}
+        described = [member for rank in gathered for member in rank]
+        metadata.check_covered(covered for _, covered, _ in described)
+        fp32 = metadata.fp32_keys({pair for _, _, pairs in described for pair in pairs})
+        per_element = {key for keys, _, _ in described for key in keys}
+        in_bf16 = members[0].weights_dtype() == metadata.BFLOAT16
+        return metadata.describe_groups(per_element, fp32 if in_bf16 else ())
 
     def state_bytes(self) -> int:
         """Return the bytes of optimizer state on this rank."""
@@ -321,7 +338,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         )
 
     def describe(self) -> str:
-        """Return one line: optimizer, bytes per owned parameter, rounding, launches per step."""
+        """Return one line: optimizer, bytes per owned parameter, masters, rounding, launches."""
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
         owned = self.owned_parameters()
         if not owned:
@@ -332,9 +349,23 @@ class FlashChainedOptimizer(ChainedOptimizer):
         counted = "1 launch" if launches == 1 else f"{launches} launches"
         return (
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "
-            f"parameter, {flash.master_bits}-bit masters ({flash.master_rounding} rounding), "
-            f"second moment rounded {flash.resolve_rounding(beta2)}, {counted} per step"
+            f"parameter, {self._describe_masters(members, owned)}, second moment rounded "
+            f"{flash.resolve_rounding(beta2)}, {counted} per step"
         )
+
+    @staticmethod
+    def _describe_masters(members: list[FlashDistributedOptimizer], owned: int) -> str:
+        flash = members[0].flash
+        fp32 = sum(
+            item.end - item.start
+            for member in members
+            for item in member.shard_params
+            if item.param.dtype == torch.float32
+        )
+        if fp32 == owned:
+            return "fp32 weights as masters"
+        masters = f"{flash.master_bits}-bit masters ({flash.master_rounding} rounding)"
+        return f"{masters}, {fp32} of {owned} weights fp32 masters" if fp32 else masters
 
 
 _PARAM_STATE = "param_state"

@@ -8,6 +8,7 @@ them is the identity on the state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from megatron_flashoptim.checkpoint.conversion import (
     split_beside,
 )
 from megatron_flashoptim.checkpoint.model_space import ModelSpace, OwnedRange
-from megatron_flashoptim.checkpoint.pieces import pieces_of
+from megatron_flashoptim.checkpoint.pieces import Piece, pieces_of
 from megatron_flashoptim.checkpoint.stock import StockRange, ranges_of_buckets, ranges_of_model
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
@@ -55,7 +56,7 @@ class FlashCheckpointing(_Base):
 
     def weights_dtype(self) -> str:
         """Return the dtype of the model weights, as checkpoint metadata names it."""
-        return "bfloat16" if self.config.bf16 else "float32"
+        return flash_metadata.BFLOAT16 if self.config.bf16 else flash_metadata.FLOAT32
 
     def state_dict(self) -> dict[str, Any]:
         """Return param groups (without parameters), rounding seed and grad scaler state."""
@@ -175,21 +176,13 @@ class FlashCheckpointing(_Base):
             ValueError: a parameter is not in the model's sharded state dict, or is mapped into
                 it by more than cutting.
         """
-        sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-        sharded_of = {id(base.data): base for base in nested_values(sharded)}
+        pieces = self._pieces(model_sharded_state_dict)
         ranges = []
         for item in self.shard_params:
-            base = sharded_of.get(id(item.param))
-            if base is None:
-                raise ValueError(
-                    f"parameter {self._param_name(item.param)} is not in the model's sharded state "
-                    "dict; build it with keep_vars=True, as Megatron does"
-                )
-            shape = tuple(item.param.shape)
             ranges.append(
                 OwnedRange(
-                    pieces=pieces_of(base, shape),
-                    shape=shape,
+                    pieces=pieces(item.param),
+                    shape=tuple(item.param.shape),
                     param_start=item.param_start,
                     shard=self.optimizer.shards[item.shard],
                     start=item.start,
@@ -197,6 +190,36 @@ class FlashCheckpointing(_Base):
                 )
             )
         return ModelSpace(ranges, self.distributed_optimizer_instance_id)
+
+    def weights_of_keys(self, model_sharded_state_dict: Any) -> set[tuple[str, str]]:
+        """Return model keys, each with the dtype of its weights; equal on data-parallel ranks.
+
+        Raises:
+            ValueError: as of ``model_space``.
+        """
+        pieces = self._pieces(model_sharded_state_dict)
+        return {
+            (piece.key, str(param.dtype).removeprefix("torch."))
+            for buffer in self.buffers
+            for param in buffer.params
+            for piece in pieces(param)
+        }
+
+    def _pieces(self, model_sharded_state_dict: Any) -> Callable[[torch.nn.Parameter], list[Piece]]:
+        """Return what finds the pieces of a parameter, see ``checkpoint.pieces``."""
+        sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        sharded_of = {id(base.data): base for base in nested_values(sharded)}
+
+        def of(param: torch.nn.Parameter) -> list[Piece]:
+            base = sharded_of.get(id(param))
+            if base is None:
+                raise ValueError(
+                    f"parameter {self._param_name(param)} is not in the model's sharded state "
+                    "dict; build it with keep_vars=True, as Megatron does"
+                )
+            return pieces_of(base, tuple(param.shape))
+
+        return of
 
     def sharded_param_state_fully_reshardable(
         self,
@@ -218,10 +241,19 @@ class FlashCheckpointing(_Base):
             return None
         return super().get_parameter_state_dp_zero(*args, **kwargs)
 
-    def load_parameter_state_from_dp_zero(self, *args: Any, **kwargs: Any) -> None:
-        """Encode fp32 masters and moments that the first rank has read from the legacy format."""
-        if not self.is_stub_optimizer:
-            super().load_parameter_state_from_dp_zero(*args, **kwargs)
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: dict[Any, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Encode fp32 masters and moments that the first rank has read from the legacy format.
+
+        Raises:
+            ValueError: DDP's buffers have other dtypes than those of the checkpoint.
+        """
+        if self.is_stub_optimizer:
+            return
+        if self.data_parallel_group.rank() == 0:
+            _check_buffers(state_dict, self.gbuf_ranges)
+        super().load_parameter_state_from_dp_zero(state_dict, *args, **kwargs)
 
     @torch.no_grad()
     def _get_main_param_and_optimizer_states(
@@ -289,6 +321,18 @@ class FlashCheckpointing(_Base):
         return item, self.optimizer.shards[item.shard]
 
     _item_of: dict[int, ShardParam] | None = None
+
+
+def _check_buffers(saved: dict[Any, Any], ranges: list[dict[Any, Any]]) -> None:
+    """Refuse a legacy checkpoint of buffers of other dtypes, which it keeps the state apart by."""
+    theirs = [sorted(map(str, saved[n])) for n in sorted(n for n in saved if isinstance(n, int))]
+    ours = [sorted(map(str, maps)) for maps in ranges]
+    if theirs != ours:
+        raise ValueError(
+            f"the checkpoint was saved with buffers of (weight, gradient) dtypes {theirs}, this "
+            f"run has {ours}: the legacy format (--ckpt-format torch) needs the same, so keep the "
+            "same parameters in fp32 and --grad-reduce-in-bf16 as in the run that saved it"
+        )
 
 
 def _groups(item: ShardParam) -> slice:

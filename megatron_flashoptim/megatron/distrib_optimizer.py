@@ -24,6 +24,7 @@ from megatron_flashoptim.megatron.checkpointing import FlashCheckpointing
 from megatron_flashoptim.megatron.grad_stats import GradRuns, ShardParam
 from megatron_flashoptim.megatron.layout import (
     check_group_alignment,
+    check_weights,
     compute_group_aligned_layout,
     group_aligned_buffers,
 )
@@ -399,6 +400,7 @@ def _shard_of_bucket(
             "of its gradient buffer's size; use bf16 or fp32 parameters with "
             "--use-distributed-optimizer"
         )
+    check_weights(bucket.params_list, bucket.param_data)
     mine = slice(rank * numel, (rank + 1) * numel)
     return BucketShard(
         param=bucket.param_data[mine],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,6 +120,31 @@ def check_group_alignment(buffer: Any, data_parallel_world_size: int) -> None:
             raise ValueError(
                 f"a parameter begins at element {start} of its buffer, within a quantization "
                 f"group of {GROUP_SIZE} elements. {_HOW_TO_ALIGN}"
+            )
+
+
+def check_weights(params: Iterable[torch.nn.Parameter], param_data: torch.Tensor) -> None:
+    """Refuse weights that a step on DDP's param buffer would not change, or not as numbers.
+
+    Quantized weights of Transformer Engine say bf16 and have data of another dtype elsewhere.
+
+    Args:
+        params: parameters of a bucket.
+        param_data: the bucket's part of the param buffer.
+
+    Raises:
+        ValueError: names class and dtype of a weight that is no bf16 or fp32 view of the buffer.
+    """
+    for param in params:
+        try:
+            is_view = param.untyped_storage().data_ptr() == param_data.untyped_storage().data_ptr()
+        except RuntimeError:  # a tensor that wraps others has no storage
+            is_view = False
+        if not is_view or param_data.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"flash optimizers step bf16 and fp32 weights in DDP's param buffer, and got a "
+                f"{type(param).__qualname__} of {param.dtype} in a buffer of {param_data.dtype}; "
+                "build the model without --fp16 and --fp8-param-gather (fp8_model_init)"
             )
 
 

@@ -50,7 +50,8 @@ RULES = (
         "fp16",
         _is_set,
         "--fp16",
-        "the high part of the master weight is bf16; use --bf16",
+        "fp16 has 5 bits of exponent, with which weight and correction do not hold an fp32 master "
+        "(docs/formats.md); use --bf16, which needs no loss scale either",
     ),
     Rule(
         "use_precision_aware_optimizer",
@@ -80,19 +81,22 @@ RULES = (
         "fp8_param_gather",
         _is_set,
         "--fp8-param-gather",
-        "FP8 weights cannot hold the high part of the master; drop the flag",
+        "the master's high part is the bf16 weight, stepped in place, and this is FP8; drop the "
+        "flag: with --fp8-format alone weights stay bf16 and are cast to FP8 where they are used",
     ),
     Rule(
         "fp4_param_gather",
         _is_set,
         "--fp4-param-gather",
-        "FP4 weights cannot hold the high part of the master; drop the flag",
+        "the master's high part is the bf16 weight, stepped in place, and this is FP4; drop the "
+        "flag: with --fp4-format alone weights stay bf16 and are cast to FP4 where they are used",
     ),
     Rule(
         "reuse_grad_buf_for_mxfp8_param_ag",
         _is_set,
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        "weights must live in a param buffer of their own; drop the flag",
+        "it is for --fp8-param-gather, and weights must live in a param buffer of their own; drop "
+        "the flag",
     ),
     Rule(
         "decoupled_weight_decay",

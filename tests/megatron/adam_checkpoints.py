@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,23 @@ def load(folder: Path, *, install: bool = True, **options: Any) -> dict[str, Any
     }
 
 
-def encoded(stock: dict[str, torch.Tensor], bits: int | None) -> dict[str, torch.Tensor]:
-    """Return what stock state becomes by the public codec, in the shape of ``joined``."""
+def encoded(
+    stock: dict[str, torch.Tensor],
+    bits: int | None,
+    is_fp32: Callable[[str], bool] = lambda key: False,
+) -> dict[str, torch.Tensor]:
+    """Return what stock state becomes by the public codec, in the shape of ``joined``.
+
+    Args:
+        stock: masters and moments.
+        bits: of bf16 weights' masters; None for an fp32 model.
+        is_fp32: whether the weights under a key are fp32 in a bf16 model.
+    """
     found = {}
     for key, tensor in stock.items():
         kind, _, name = key.partition(".")
         flat = tensor.flatten()
-        if kind == "master" and bits is None:
+        if kind == "master" and (bits is None or is_fp32(name)):
             found[key] = tensor
             continue
         if kind == "master":

@@ -10,9 +10,30 @@ from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, join_ma
 
 
 def stock_state(member: Any, param: Any) -> dict[str, torch.Tensor]:
-    """Return copies of the fp32 master and moments of this rank's part of a parameter."""
-    tensors = member._get_main_param_and_optimizer_states(param)
-    return {name: tensors[name].detach().clone() for name in ("param", "exp_avg", "exp_avg_sq")}
+    """Return copies of the fp32 master and moments of this rank's part of a parameter.
+
+    Not by ``_get_main_param_and_optimizer_states``: it takes another parameter's where one param
+    group has bf16 and fp32 ones (seen in 0.19.2).
+    """
+    main = _main_param(member, param)
+    state = member.optimizer.state[main]
+    tensors = {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _main_param(member: Any, param: Any) -> torch.Tensor:
+    pairs = (
+        (member.model_float16_groups, member.shard_fp32_from_float16_groups),
+        (member.model_fp32_groups, member.shard_fp32_groups),
+    )
+    (found,) = (
+        main
+        for models, mains in pairs
+        for model_group, main_group in zip(models, mains, strict=True)
+        for model, main in zip(model_group, main_group, strict=True)
+        if model is param
+    )
+    return found
 
 
 def flash_state(member: Any, param: Any) -> dict[str, torch.Tensor]:

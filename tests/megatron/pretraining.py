@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,12 @@ def data_flags(corpus: Path) -> list[str]:
     ]
 
 
-def pretrain(corpus: Path, *flags: str) -> dict[int, tuple[str, str]]:
+def pretrain(corpus: Path, *flags: str, model: Sequence[str] = MODEL) -> dict[int, tuple[str, str]]:
     """Train on two ranks; returns loss and parameter norm, as printed.
 
     Printed are even iterations, with the mean loss of two, and the first one after a start.
     """
-    arguments = [str(SCRIPT), *MODEL, *device_flags(), *data_flags(corpus), *flags]
+    arguments = [str(SCRIPT), *model, *device_flags(), *data_flags(corpus), *flags]
     printed = "".join(run_ranks(2, _pretrain, arguments))
     found = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(printed)}
     assert found, printed[-3000:]

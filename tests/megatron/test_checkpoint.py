@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_state import assert_same_state
+from mixed_precision import MIXED
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {"flash": FlashOptimConfig(master_bits=16, master_rounding="stochastic")},
     ),
     "fp32 model": (2, {"bf16": False}),
+    "fp32 norms": (2, {**MIXED, "flash": STOCHASTIC, "grads_in_fp32": False}),
 }
 
 
@@ -71,7 +73,8 @@ def _cases() -> Iterator[tuple[str, str]]:
     yield from (("fully_reshardable", case) for case in CASES)
     layouts = ("data parallel", "tensor parallel", "pipeline parallel", "experts")
     overlap = "overlap, several buckets with padding"
-    yield from (("torch", case) for case in (*layouts, overlap, "32-bit masters", "fp32 model"))
+    formats = ("32-bit masters", "fp32 model", "fp32 norms")
+    yield from (("torch", case) for case in (*layouts, overlap, *formats))
     yield "fully_reshardable, memory efficient", overlap
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from adam_checkpoints import FLATTENED, FULLY, encoded, load, save, save_flattened
+from mixed_precision import EXPERTS as MIXED_EXPERTS
+from mixed_precision import GROUPS_OF_ONE_DTYPE, is_kept_in_fp32
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
@@ -33,6 +35,12 @@ def _contents(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         for key, found in opened.reader.tensors().items()
     }
     return tensors, opened.common["optimizer"]
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    from megatron_flashoptim.checkpoint.folder import open_folder
+
+    return open_folder(folder).flash
 
 
 def _save_flash(folder: Path, steps: int = 3, **options: Any) -> Any:
@@ -70,6 +78,7 @@ TO_FLASH: dict[str, tuple[str, tuple[int, dict[str, Any]], tuple[int, dict[str, 
     "experts": (FULLY, (2, {**EXPERTS, "ep": 2}), (2, EXPERTS)),
     "odd rows": (FULLY, (1, ODD), (2, ODD)),
     "fp32 weights": (FULLY, (1, {"layers": 1, "bf16": False}), (1, {"layers": 1, "bf16": False})),
+    "fp32 norms": (FULLY, (2, GROUPS_OF_ONE_DTYPE), (2, {**GROUPS_OF_ONE_DTYPE, "pp": 2})),
     "32 bits, fourth_root": (
         FULLY,
         (1, {"layers": 1}),
@@ -97,6 +106,7 @@ def test_flash_of_adam_is_what_loading_converts_to(case: str, tmp_path: Path) ->
     wanted = encoded(
         joined([state for state, _ in stock]),
         flash.master_bits if options.get("bf16", True) else None,
+        is_kept_in_fp32 if case == "fp32 norms" else lambda key: False,
     )
     if case == "odd rows":  # groups are those of the ranks, not of the whole tensor
         wanted = {key: wanted[key] for key in wanted if key.startswith("master.")}
@@ -119,6 +129,7 @@ BACK: dict[str, tuple[int, dict[str, Any]]] = {
         {"layers": 1, "flash": FlashOptimConfig(master_bits=32, exp_avg_sq_code="fourth_root")},
     ),
     "fp32 weights": (1, {"layers": 1, "bf16": False}),
+    "fp32 norms": (2, GROUPS_OF_ONE_DTYPE),
 }
 
 
@@ -139,6 +150,7 @@ def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_pa
     for key, tensor in before.items():
         assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
     assert {k: v for k, v in own.items() if k != "grad_scaler"} == same
+    assert _described(again) == _described(source)
     stock_options = {key: value for key, value in options.items() if key != "flash"}
     loaded = run_ranks(ranks, _load_adam, adam, **stock_options)
     for group, of_stock in zip(groups, loaded[0]["groups"], strict=True):
@@ -152,6 +164,33 @@ def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_pa
         kind = "param" if kind == "master" else kind
         assert torch.equal(tensor, masters[f"optimizer.state.{kind}.{name}"]), key
     assert all(0 < loss < 7 for loss in loaded[0]["losses"])
+
+
+def test_masters_of_fp32_weights_keep_their_bits_at_other_master_bits(tmp_path: Path) -> None:
+    """A bf16 model's fp32 norms and routers: no correction in any checkpoint, weights as they are.
+
+    In one param group with bf16 weights, as Megatron's own Adam cannot be saved.
+    """
+    source = tmp_path / "flash"
+    source.mkdir()
+    run_ranks(2, _save_flash, source, **{**MIXED_EXPERTS, "ep": 2})
+    wide = FlashOptimConfig(master_bits=32)
+    folders = [
+        source,
+        *(_convert(source, tmp_path / f"to-{t}", t, flash=wide)[1] for t in ("flash", "adam")),
+    ]
+    before, widened, adam = (_contents(folder)[0] for folder in folders)
+    keys = {key.removeprefix("optimizer.state.exp_avg.") for key in before if ".exp_avg." in key}
+    fp32 = {key for key in keys if is_kept_in_fp32(key)}
+    assert _described(folders[1])["fp32_weights"] == _described(source)["fp32_weights"]
+    assert set(_described(source)["fp32_weights"]) == fp32 and 1 < len(fp32) < len(keys)
+    for key in keys:
+        assert (f"optimizer.state.correction.{key}" in before) == (key not in fp32)
+        assert (f"optimizer.state.correction.{key}" in widened) == (key not in fp32)
+        assert before[key].dtype == (torch.float32 if key in fp32 else torch.bfloat16)
+        assert torch.equal(before[key], widened[key]) and torch.equal(before[key], adam[key])
+        same = torch.equal(adam[f"optimizer.state.param.{key}"], before[key].float())
+        assert same == (key in fp32), key
 
 
 @pytest.mark.smoke

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixed_precision import MIXED
 from ranks import run_ranks
 
 OPTIONAL = """transformer_engine apex amp_C einops matplotlib nvidia_resiliency_ext omegaconf psutil
@@ -92,13 +93,13 @@ def _params_norms(ours: bool, **options: Any) -> dict[str, float]:
     setup = tiny_gpt.Setup(**options) if ours else tiny_gpt.Setup(flash=None, **options)
     trainer = tiny_gpt.build(setup)
     trainer.train(4)
-    mains = [p.main_param for p in trainer.model[0].parameters()]
+    mains = [getattr(p, "main_param", None) for p in trainer.model[0].parameters()]
     found = {"without": float(training.calc_params_l2_norm(trainer.model))}
     module = sys.modules[training.calc_params_l2_norm.__module__]
     module.multi_tensor_applier, module.multi_tensor_l2norm = _apply, _fp32_norm
     found["fused"] = float(training.calc_params_l2_norm(trainer.model))
     if ours:
-        after = [p.main_param for p in trainer.model[0].parameters()]
+        after = [getattr(p, "main_param", None) for p in trainer.model[0].parameters()]
         assert all(ours is theirs for ours, theirs in zip(mains, after, strict=True))
         total = torch.zeros((), dtype=torch.float64)
         for member in trainer.optimizer.chained_optimizers:
@@ -113,16 +114,23 @@ def _params_norms(ours: bool, **options: Any) -> dict[str, float]:
     return found
 
 
+PARAMS_NORMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "fp32 norms": MIXED,
+    "experts": {"experts": 4, "ep": 2},
+}
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("experts", [False, True])
-def test_params_norm_is_that_of_the_masters_and_of_stock(experts: bool) -> None:
-    options: dict[str, Any] = {"experts": 4, "ep": 2} if experts else {}
+@pytest.mark.parametrize("case", PARAMS_NORMS)
+def test_params_norm_is_that_of_the_masters_and_of_stock(case: str) -> None:
+    options = PARAMS_NORMS[case]
     flash = run_ranks(2, _params_norms, True, **options)
     stock = run_ranks(2, _params_norms, False, **options)
     assert flash[0] == flash[1]
     assert flash[0]["without"] == pytest.approx(flash[0]["fused"], rel=1e-6)
     assert flash[0]["fused"] == pytest.approx(stock[0]["fused"], rel=1e-4)
-    if not experts:  # whose other parameters both ranks own copies of
+    if case != "experts":  # whose other parameters both ranks own copies of
         assert flash[0]["fused"] == pytest.approx(flash[0]["exact"], rel=1e-6)
 
 

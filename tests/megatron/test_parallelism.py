@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from follow import assert_follows, differences, follow
+from mixed_precision import EXPERTS as MIXED_EXPERTS
+from mixed_precision import MIXED
 from ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
@@ -74,6 +76,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {**SP, "ep": 2, "etp": 2, "experts": 4, "transformer": PADDED},
     ),
+    "fp32 norms, tensor and sequence": (2, {**SP, **MIXED}),
+    "fp32 norms and routers, expert": (2, {**MIXED_EXPERTS, "ep": 2}),
     "optimizer instances": (4, {"instances": 2, "ep": 2, "experts": 4}),
     "frozen embedding": (2, {"tied": False, "prepare_model": _freeze_embedding}),
     "frozen MLPs, tensor and sequence": (2, {**SP, "prepare_model": _freeze_mlps}),

@@ -55,8 +55,8 @@ def _live(stock: bool, options: dict[str, Any]) -> tuple[int, int, int]:
     return weights, sum(buffer.grad_data.nbytes for buffer in buffers), state
 
 
-def _planned(ranks: int, flags: str) -> dict[str, tuple[int, ...]]:
-    arguments = ["memory", "--gpus", str(ranks), *COMMON.split(), *flags.split()]
+def _planned(ranks: int, flags: str, common: str = COMMON) -> dict[str, tuple[int, ...]]:
+    arguments = ["memory", "--gpus", str(ranks), *common.split(), *flags.split()]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[3:]
@@ -78,6 +78,14 @@ def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
     adam = planned["adam (fp32 master and moments)"][2] / (16 if "bf16 gr" in case else 12)
     for moments, size in (("fp32", 10), ("bf16", 6), ("fp8", 4)):
         assert planned[f"precision-aware, {moments} moments"][2] == pytest.approx(size * adam)
+
+
+def test_plan_of_an_fp32_model_agrees_with_live_runs_within_1_percent() -> None:
+    planned = _planned(2, "", COMMON.replace("--bf16", ""))
+    assert len(planned) == 2, "no correction and no precision-aware optimizer"
+    for stock, name in ((True, "adam (fp32 moments)"), (False, "flash_adamw")):
+        live = run_ranks(2, _live, stock, {"bf16": False})
+        assert planned[name] == pytest.approx(live[0], rel=0.01)
 
 
 @pytest.mark.parametrize(

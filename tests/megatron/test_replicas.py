@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixed_precision import MIXED
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
@@ -61,6 +62,7 @@ COPIES: dict[str, dict[str, Any]] = {
     "stochastic": {"tp": 2, "flash": STOCHASTIC},
     "beta2 0.999": {"tp": 2, "optimizer": {"adam_beta2": 0.999}},  # for which auto is stochastic
     "sequence parallel": {**SP, "flash": STOCHASTIC},
+    "sequence parallel, fp32 norms": {**SP, **MIXED, "flash": STOCHASTIC},
     "sequence parallel, whole experts": {
         **SP,
         **{"ep": 2, "etp": 1, "experts": 4, "flash": STOCHASTIC},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixed_precision import EXPERTS
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
@@ -101,6 +102,12 @@ CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "fp32 weights": [
         (1, {"layers": 1, "bf16": False}),
         (2, {"layers": 1, "bf16": False, "tp": 2}),
+    ],
+    "fp32 norms and routers in a bf16 model": [
+        (2, {**EXPERTS, "ep": 2}),
+        (2, {**EXPERTS, "pp": 2}),
+        (1, EXPERTS),
+        (2, {**EXPERTS, "overlap": True, "bucket_size": 20_000}),
     ],
 }
 
@@ -235,6 +242,57 @@ def test_masters_that_cannot_convert_are_refused_naming_both_sides(
     assert "master_bits 24, this run has 16" in bits
     (weights,) = run_ranks(1, _load_error, tmp_path, bf16=False, layers=1)
     assert "weights bfloat16, this run has float32" in weights
+
+
+def _keep_last_norm_in_fp32(model: Any) -> None:
+    model.decoder.final_layernorm.float()
+
+
+MISMATCH = {
+    "dp_reshardable": "buffers",
+    "fully_reshardable": "norm",
+    "torch": "--ckpt-format torch",
+}
+
+
+@pytest.mark.parametrize("save_as", MISMATCH)
+def test_weights_of_another_dtype_are_refused_naming_both_sides(
+    save_as: str, tmp_path: Path
+) -> None:
+    """On all ranks that hold the weights, also those that own none of their state."""
+    one = {"prepare_model": _keep_last_norm_in_fp32}  # in bf16, one rank has all its state
+    folders = [tmp_path / "mixed", tmp_path / "bf16"]
+    for folder, options in zip(folders, (one, {}), strict=True):
+        folder.mkdir()
+        run_ranks(2, _save_state, folder, save_as, layers=1, **options)
+    if save_as == "torch":  # which the first rank reads for all
+        with pytest.raises(AssertionError, match=r"buffers of .*float32.*--ckpt-format torch"):
+            run_ranks(2, _load_state, folders[0], layers=1)
+        return
+    for folder, options in zip(folders, ({}, one), strict=True):
+        for error in run_ranks(2, _load_error, folder, layers=1, **options):
+            assert "bfloat16" in error and "float32" in error and "--no-load-optim" in error
+            assert MISMATCH[save_as] in error
+
+
+def _keep_one_layer_in_fp32(model: Any) -> None:
+    for name, param in model.named_parameters():
+        if "layers.1." in name and "norm" in name:
+            param.data = param.data.float()
+
+
+def _save_error(folder: Path, save_as: str) -> str:
+    try:
+        _save_state(folder, save_as, pp=2, prepare_model=_keep_one_layer_in_fp32, layers=4)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_layers_of_one_tensor_with_several_dtypes_are_refused_by_key(tmp_path: Path) -> None:
+    for error in run_ranks(2, _save_error, tmp_path, "fully_reshardable"):
+        assert "weights of decoder.layers." in error and "--ckpt-format torch" in error
+    assert not any(run_ranks(2, _save_error, tmp_path, "torch"))
 
 
 def _expert_groups(folder: Path, ep: int, *, load: bool) -> list[tuple[bool, int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adam_checkpoints import BUCKETS, FLATTENED, FULLY, encoded, load, save, save_flattened
+from mixed_precision import GROUPS_OF_ONE_DTYPE, is_kept_in_fp32
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
@@ -33,6 +34,8 @@ CASES: dict[str, tuple[str, tuple[int, dict[str, Any]], tuple[int, dict[str, Any
         (1, {"layers": 1, "bf16": False}),
         (1, {"layers": 1, "bf16": False}),
     ),
+    "fp32 norms": (FULLY, (2, GROUPS_OF_ONE_DTYPE), (2, {**GROUPS_OF_ONE_DTYPE, "pp": 2})),
+    "buckets, fp32 norms": (BUCKETS, (2, GROUPS_OF_ONE_DTYPE), (2, GROUPS_OF_ONE_DTYPE)),
     "32-bit masters": (
         FULLY,
         (1, {"layers": 1}),
@@ -66,7 +69,8 @@ def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
     bits = options.get("flash", FlashOptimConfig()).master_bits
     vocab = 256 if "vocab" in options else None
     exact_state = joined([state for state, _ in stock], vocab)
-    wanted = encoded(exact_state, bits if options.get("bf16", True) else None)
+    is_fp32 = is_kept_in_fp32 if "fp32 norms" in case else lambda key: False
+    wanted = encoded(exact_state, bits if options.get("bf16", True) else None, is_fp32)
     assert all(tensor.any() for key, tensor in wanted.items() if key.startswith("exp_avg_sq."))
     assert_same(joined([rank["state"] for rank in flash], vocab), wanted)
     for rank in flash:

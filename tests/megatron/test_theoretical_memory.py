@@ -22,6 +22,7 @@ FLASH: dict[str, tuple[str, int, float]] = {
     "fp32 gradients": ("", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
     "bf16 gradients": ("--grad-reduce-in-bf16", 4, DENSE * (4 + (3.125 + TABLE) / 4)),
     "32-bit masters": ("--flash-master-bits 32", 2, DENSE * (6 + (4.125 + TABLE) / 2)),
+    "fp32 model": ("--fp32-model", 4, DENSE * (8 + (2.125 + TABLE) / 4)),
     "context parallel": ("--context-parallel-size 2", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
     "instances": (
         "--num-distributed-optimizer-instances 2",
@@ -54,7 +55,10 @@ def _figures(cases: dict[str, tuple[str, int]]) -> dict[str, tuple[float, float]
     bound: Any = theoretical_memory_usage.compute_weight_and_optimizer_memory
     found = {}
     for name, (flags, ranks) in cases.items():
-        args = planned_args.parse([*MODEL.split(), *flags.split()], ranks)
+        given = f"{MODEL} {flags}"
+        if "--fp32-model" in flags:  # which Megatron's flags say by leaving --bf16 out
+            given = given.replace("--bf16", "").replace("--fp32-model", "")
+        args = planned_args.parse(given.split(), ranks)
         args.padded_vocab_size = VOCAB
         reported, _, _ = theoretical_memory_usage.report_theoretical_memory(args)
         assert reported * 2**20 == bound(args)
