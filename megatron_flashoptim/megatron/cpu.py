@@ -70,8 +70,8 @@ def enable() -> None:
     # Megatron's fusions are torch.compile functions: slow to compile, and no faster on a CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     importlib.import_module("torch._dynamo")  # reads torch's functions before they change
-    # Where a default device is in force (the planner's meta device), torch looks its factories up in
-    # a set that it makes when first asked; it must hold torch's own functions.
+    # Where a default device is in force (the planner's meta device), torch looks its factories up
+    # in a set that it makes when first asked; it must hold torch's own functions.
     importlib.import_module("torch.utils._device")._device_constructors()
     torch.set_num_threads(1)
     _redirect_tensors()

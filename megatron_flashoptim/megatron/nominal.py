@@ -175,7 +175,7 @@ def _content(args: Any, optimizer: Any, sharding_type: str) -> dict[str, Any]:
 
 
 def _model_state(chunks: Sequence[Any], content: dict[str, Any]) -> dict[str, Any]:
-    from megatron.training.utils import unwrap_model
+    from megatron.core.utils import unwrap_model
 
     return {
         f"model{number}": chunk.sharded_state_dict(metadata=content)
