@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Lay out a model and plan its checkpoint on thousands of ranks, without a GPU.
 
-    python scripts/simulate_scale.py --all-ranks-of 0 1 15 --processes 2 --json scale_1t.json
+    python scripts/simulate_scale.py --all-ranks-of 1 --processes 2 --json scale_1t.json
 
 Megatron builds model, DDP buffers and optimizer of one rank after the other on the meta device, and
 the code that a training run uses lays them out and lists what the rank writes

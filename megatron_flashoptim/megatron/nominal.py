@@ -206,15 +206,15 @@ def _pieces(optimizer: Any, model: dict[str, Any]) -> int:
     return found
 
 
-def _optimizer_state(
-    optimizer: Any, model: dict[str, Any], content: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the members' sharded parameter state, by the methods that Megatron calls."""
-    from megatron_flashoptim.checkpoint.metadata import SHARDING_TYPE
+def _optimizer_state(optimizer: Any, model: dict[str, Any], content: dict[str, Any]) -> Any:
+    """Return the optimizer's sharded state dict, or the part of it with all its tensors."""
+    from megatron_flashoptim.checkpoint import metadata as flash_metadata
 
-    method = f"sharded_param_state_{content[SHARDING_TYPE]}"
+    if content[flash_metadata.SHARDING_TYPE] == flash_metadata.DP_RESHARDABLE:
+        return optimizer.sharded_state_dict(model, metadata=content)
+    # The chain would ask all ranks which keys have scales per element; here none has.
     return {
-        str(number): getattr(member, method)(model, False, content)
+        str(number): member.sharded_param_state_fully_reshardable(model, False, content)
         for number, member in enumerate(optimizer.chained_optimizers)
         if not member.is_stub_optimizer
     }
