@@ -71,6 +71,9 @@ def enable() -> None:
     # Megatron's fusions are torch.compile functions: slow to compile, and no faster on a CPU.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     importlib.import_module("torch._dynamo")  # reads torch's functions before they change
+    # Where a default device is in force (the planner's meta device), torch looks its factories up
+    # in a set that it makes when first asked; it must hold torch's own functions.
+    importlib.import_module("torch.utils._device")._device_constructors()
     torch.set_num_threads(1)
     _redirect_tensors()
     _redirect_cuda_module()
@@ -137,7 +140,7 @@ def _redirect_tensors() -> None:
 
     def type_named_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
-            return plain_type(self).replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{plain_type(self).rpartition('.')[2]}"
         return plain_type(self, dtype, *args, **kwargs)
 
     # Replacing methods of torch is what this module is for.

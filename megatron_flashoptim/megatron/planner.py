@@ -69,7 +69,7 @@ def plan(arguments: Sequence[str], world_size: int) -> RunSize:
     Raises:
         ArgumentsError: Megatron refuses the arguments, with its message, or the model is no GPT.
     """
-    with _prepared():
+    with prepared():
         return _run_size(planned_args.parse(arguments, world_size))
 
 
@@ -88,7 +88,7 @@ def plan_checkpoint(
         ValueError: the checkpoint cannot be read, or is not of a GPT.
     """
     found = iteration_folder(folder)
-    with _prepared():
+    with prepared():
         saved = read_saved_args(found)
         planned_args.refuse_other_checkpoints(saved)
         ranks = world_size or getattr(saved.args, "world_size", None)
@@ -105,7 +105,7 @@ def plan_checkpoint(
 
 
 @contextlib.contextmanager
-def _prepared() -> Iterator[None]:
+def prepared() -> Iterator[None]:
     """Make Megatron importable without a GPU, with our flags, and silent on stdout."""
     from megatron_flashoptim.megatron import cpu, versions
     from megatron_flashoptim.megatron.install import install
@@ -129,8 +129,8 @@ def _run_size(args: Any) -> RunSize:
     expert = args.world_size // (pipeline * expert_ranks * instances)
     stages = []
     for stage in range(pipeline):
-        with _nominal_ranks(args, stage * ranks, ranks * pipeline), _on_meta_device():
-            stages.append(_stage_size(stage, _chunks(args), args, dense, expert))
+        with nominal_rank(args, stage * ranks, ranks * pipeline), on_meta_device():
+            stages.append(_stage_size(stage, model_chunks(args), args, dense, expert))
     return RunSize(
         tuple(stages),
         weight_bytes=2 if args.bf16 or args.fp16 else 4,
@@ -140,8 +140,15 @@ def _run_size(args: Any) -> RunSize:
 
 
 @contextlib.contextmanager
-def _nominal_ranks(args: Any, rank: int, world_size: int) -> Iterator[None]:
-    """Have this process be one of ``world_size`` ranks that never exchange anything."""
+def nominal_rank(args: Any, rank: int, world_size: int, *, instances: int = 1) -> Iterator[None]:
+    """Have this process be one of ``world_size`` ranks that never exchange anything.
+
+    Args:
+        args: Megatron's arguments, with the parallel sizes.
+        rank: number of the rank.
+        world_size: number of ranks, a multiple of what the parallel sizes need.
+        instances: number of distributed optimizer instances.
+    """
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -155,6 +162,7 @@ def _nominal_ranks(args: Any, rank: int, world_size: int) -> Iterator[None]:
         context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=instances,
         create_gloo_process_groups=False,
     )
     try:
@@ -165,7 +173,7 @@ def _nominal_ranks(args: Any, rank: int, world_size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _on_meta_device() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Make new tensors without storage, also where Megatron asks for the current GPU."""
     current_device = torch.cuda.current_device
     # Megatron passes it on as a device; torch declares an index.
@@ -177,7 +185,7 @@ def _on_meta_device() -> Iterator[None]:
         torch.cuda.current_device = current_device
 
 
-def _chunks(args: Any) -> Iterator[Any]:
+def model_chunks(args: Any) -> Iterator[Any]:
     """Yield the model chunks of this rank, built by Megatron's own builder.
 
     Raises:
