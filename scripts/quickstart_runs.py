@@ -214,6 +214,7 @@ class Launcher:
         command += [str(self.repository / "scripts" / "pretrain_gpt.py"), *arguments]
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: tensor parallelism
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         print(f"  starting; its output is in {shown(log)}", flush=True)
