@@ -36,6 +36,8 @@ LAYOUTS = {
     "data parallel": "",
     "overlap": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100000",
     "bf16 gradients": "--grad-reduce-in-bf16",
+    "tensor parallel": "--tensor-model-parallel-size 2",
+    # On GPUs Megatron's norms take it with Transformer Engine or Apex only.
     "tensor and sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pipeline": "--pipeline-model-parallel-size 2",
     "virtual stages": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
