@@ -1,4 +1,4 @@
-"""Layout and checkpoint plan of every rank of a run, as ``scripts/simulate_scale.py`` makes them."""
+"""Layout and checkpoint plan of every rank of a run, as scripts/simulate_scale.py makes them."""
 
 from __future__ import annotations
 
