@@ -142,6 +142,7 @@ class Trained:
 
     def backward(self) -> None:
         """Take the gradients of the last forward pass and reduce them."""
+        # torch.Tensor.backward has no annotations.
         self.loss.backward()  # type: ignore[no-untyped-call]
         self.finalize([self.chunk])
 

@@ -141,7 +141,8 @@ class WeightsExport:
             ValueError: too little disk space, or a file that reads otherwise than written.
             ImportError: the safetensors package is missing.
         """
-        import safetensors  # noqa: F401  (before hours of work, not after)
+        # Imported for its ImportError, which should come before hours of work, not after.
+        import safetensors  # noqa: F401
 
         work = self.destination.with_name(f".converting-{self.destination.name}")
         if work.exists():

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from console import run
-from pretraining import MODEL, prepare_corpus, pretrain, saved_tensors
+from pretraining import MODEL, pretrain, saved_tensors
 
 FP32 = [flag for flag in MODEL if flag != "--bf16"]
 FULL = ("--dist-ckpt-optim-fully-reshardable",)
 
 
 def test_training_loop_resumes_bitwise_and_its_checkpoint_plans_and_converts(
-    tmp_path: Path,
+    corpus: Path, tmp_path: Path
 ) -> None:
-    corpus = prepare_corpus(tmp_path / "corpus")
     flash = ("--optimizer", "flash_adamw", "--train-iters", "8", "--save-interval", "4", *FULL)
     whole = pretrain(corpus, *flash, "--save", str(tmp_path / "whole"), model=FP32)
     resumed = pretrain(
