@@ -118,7 +118,7 @@ def join(plans: Sequence[Any]) -> dict[str, float]:
 
 def without_optimizer(plan_of_rank: Any) -> Any:
     """Return a save plan of the model's weights alone."""
-    items = [item for item in plan_of_rank.items if not item.index.fqn.startswith("optimizer.")]
+    items = [item for item in plan_of_rank.items if "optimizer." not in item.index.fqn]
     return dataclasses.replace(plan_of_rank, items=items)
 
 

@@ -1,4 +1,4 @@
-"""Layout and checkpoint plan of every rank of a run, as scripts/simulate_scale.py makes them."""
+"""Layout and checkpoint plan of every rank of a run, by ``scripts/simulate_scale.py``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GPUS, TENSOR, EXPERT, STAGES = 16, 2, 2, 2
 MODEL = f"""--num-layers 4 --hidden-size 256 --ffn-hidden-size 1024 --num-attention-heads 8 --bf16
 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --vocab-size 1000 --lr 1e-3
 --train-iters 1 --position-embedding-type rope --normalization RMSNorm --swiglu
---disable-bias-linear --untie-embeddings-and-output-weights --num-experts 8
---moe-layer-freq ([0]+[1]*3)
+--disable-bias-linear
+--untie-embeddings-and-output-weights --num-experts 8 --moe-layer-freq ([0]+[1]*3)
 --moe-ffn-hidden-size 256 --moe-router-topk 2 --use-distributed-optimizer --optimizer flash_adamw
 --overlap-grad-reduce --ddp-bucket-size 300000 --tensor-model-parallel-size {TENSOR}
 --sequence-parallel --expert-model-parallel-size {EXPERT} --expert-tensor-parallel-size 1
