@@ -264,11 +264,21 @@ def test_saved_with_gathers_in_flight_and_resumed_with_the_same_bits(tmp_path: P
 
 
 def test_megatrons_training_loop_trains_evaluates_and_saves_the_same(
-    corpus: Path, tmp_path: Path
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first iteration has no forward hooks; it logs the norm of weights in flight."""
     from pretraining import pretrain, saved_tensors
 
+    from megatron_flashoptim.megatron.early_gather import EarlyGather
+
+    launch_and_gather = EarlyGather.launch_and_gather
+
+    def recorded(self: Any) -> None:
+        with open(tmp_path / "steps", "a") as file:
+            file.write("step\n")
+        launch_and_gather(self)
+
+    monkeypatch.setattr(EarlyGather, "launch_and_gather", recorded)  # in the forks, too
     flags = """--optimizer flash_adamw --overlap-grad-reduce --overlap-param-gather
     --ddp-bucket-size 10000 --train-iters 6 --eval-interval 2 --save-interval 3""".split()
     late, early = tmp_path / "late", tmp_path / "early"
@@ -278,6 +288,7 @@ def test_megatrons_training_loop_trains_evaluates_and_saves_the_same(
     ]
     assert printed[0].keys() >= {2, 4, 6}
     assert printed[0] == printed[1]
+    assert (tmp_path / "steps").read_text().count("step") == 2 * 6, "on both ranks, in one run"
     ours, theirs = (saved_tensors(folder / "iter_0000006") for folder in (early, late))
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
