@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_gpt
 import torch
 from exact_adamw import use_as_megatrons_adam
 
@@ -107,38 +108,15 @@ class Trained:
             DistributedDataParallel,
             DistributedDataParallelConfig,
         )
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.optimizer import OptimizerConfig
         from megatron.core.optimizer import get_megatron_optimizer as get_stock_optimizer
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-        from megatron.core.transformer import TransformerConfig
 
         from megatron_flashoptim import FlashDistributedOptimizer, get_megatron_optimizer
 
         flash = optimizer == "flash_adamw"
-        config = TransformerConfig(
-            num_layers=options.layers,
-            hidden_size=options.hidden,
-            num_attention_heads=options.heads,
-            use_cpu_initialization=not torch.cuda.is_available(),
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
-            apply_rope_fusion=False,
-            bias_dropout_fusion=False,
-        )
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(),
-            vocab_size=options.vocab,
-            max_sequence_length=options.sequence,
-            share_embeddings_and_output_weights=True,
-            position_embedding_type="rope",
-        )
         device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else "cpu"
-        model = model.to(device=device, dtype=torch.bfloat16)
+        config, model = bench_gpt.build(options, device, tied=True)
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=not options.bf16_gradients
         )

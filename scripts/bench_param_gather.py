@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_gpt
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,11 +61,8 @@ class Trained:
             DistributedDataParallelConfig,
             finalize_model_grads,
         )
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.optimizer import OptimizerConfig
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-        from megatron.core.transformer import TransformerConfig
 
         from megatron_flashoptim import (
             FlashDistributedOptimizer,
@@ -74,29 +72,14 @@ class Trained:
 
         torch.manual_seed(1)
         model_parallel_cuda_manual_seed(1)
-        config = TransformerConfig(
-            num_layers=options.layers,
-            hidden_size=options.hidden,
-            num_attention_heads=options.heads,
+        config, model = bench_gpt.build(
+            options,
+            device_of(options),
+            tied=False,
             attention_dropout=0.0,
             hidden_dropout=0.0,
-            use_cpu_initialization=options.device == "cpu",
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
-            persist_layer_norm=False,
-            apply_rope_fusion=False,
-            bias_dropout_fusion=False,
         )
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(),
-            vocab_size=options.vocab,
-            max_sequence_length=options.sequence,
-            position_embedding_type="rope",
-        )
-        model = model.to(device=device_of(options), dtype=torch.bfloat16)
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=not options.bf16_gradients,

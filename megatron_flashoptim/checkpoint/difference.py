@@ -14,7 +14,7 @@ import torch
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.checkpoint.metadata import DP_RESHARDABLE
 from megatron_flashoptim.checkpoint.side_by_side import Ranges, Tell, each_unit
-from megatron_flashoptim.checkpoint.state_parts import KINDS, Part, parts
+from megatron_flashoptim.checkpoint.state_parts import KINDS, Part, families, parts
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SQ
 
@@ -77,11 +77,7 @@ class Comparison:
 
     def families(self, kind: str) -> dict[str, list[tuple[Part, Difference]]]:
         """Return parts that have a kind by name, in the order of depth."""
-        found: dict[str, list[tuple[Part, Difference]]] = {}
-        for part, differences in self.parts:
-            if kind in differences:
-                found.setdefault(part.name, []).append((part, differences[kind]))
-        return found
+        return families(self.parts, kind)
 
     def total(self, kind: str) -> Difference:
         """Return the difference of a kind over all parts."""

@@ -186,6 +186,17 @@ def parts(folder: CheckpointFolder) -> list[Part]:
     return _in_depth_order(found) + _in_depth_order(list(_buckets(folder, common)))
 
 
+def families[T](
+    found: list[tuple[Part, dict[str, T]]], kind: str
+) -> dict[str, list[tuple[Part, T]]]:
+    """Return what was found of a kind, by the parts' name and in the order of depth."""
+    named: dict[str, list[tuple[Part, T]]] = {}
+    for part, by_kind in found:
+        if kind in by_kind:
+            named.setdefault(part.name, []).append((part, by_kind[kind]))
+    return named
+
+
 def split_name(key: str) -> tuple[str, int | None, bool]:
     """Return a key with ``*`` for its layer, the layer, and whether layers are stacked in it."""
     if match := _LAYER.fullmatch(key):

@@ -34,7 +34,7 @@ from megatron_flashoptim.checkpoint.conversion import SCALE_OF, encode_moment
 from megatron_flashoptim.checkpoint.deviation import belongs
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.checkpoint.side_by_side import Ranges, Tell, each_unit
-from megatron_flashoptim.checkpoint.state_parts import MASTER, WEIGHT, Part, decode, parts
+from megatron_flashoptim.checkpoint.state_parts import MASTER, WEIGHT, Part, decode, families, parts
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import (
     EXP_AVG_MAX_CODE,
@@ -167,11 +167,7 @@ class Inspection:
 
     def families(self, kind: str) -> dict[str, list[tuple[Part, Statistics]]]:
         """Return parts that have a kind by name, in the order of depth."""
-        found: dict[str, list[tuple[Part, Statistics]]] = {}
-        for part, statistics in self.parts:
-            if kind in statistics:
-                found.setdefault(part.name, []).append((part, statistics[kind]))
-        return found
+        return families(self.parts, kind)
 
     def has_masters_of_weights(self) -> bool:
         """Return whether masters are known by tensor, so that weights say nothing more."""
