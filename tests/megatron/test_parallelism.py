@@ -122,9 +122,9 @@ def _clip_by_the_main_norm_alone() -> None:
 
 
 def _put_all_in_the_main_norm() -> None:
-    from megatron_flashoptim.megatron import distrib_optimizer
+    from megatron_flashoptim.megatron import versions
 
-    distrib_optimizer.SEPARATE_GRAD_NORM_GROUPS = ()
+    versions.separate_grad_norm_groups = lambda: ()  # type: ignore[assignment]
 
 
 def _keep_norms_local() -> None:
