@@ -3,7 +3,9 @@
 #
 #   scripts/test.sh                       everything
 #   scripts/test.sh tests/codec -k sqrt   a part
+#   scripts/test.sh -n 0 --pdb            in one process, to look into a failure
 #
+# Two processes share the tests; each starts up to eight ranks.
 # MEGATRON_LM_PATH names a checkout of Megatron-LM core_v0.19.0; with it, its unmodified
 # pretrain_gpt.py is run too. PYTHON and VENV are those of scripts/quickstart.sh.
 set -euo pipefail
@@ -11,4 +13,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
 cd "$REPO"
-exec "$VENV_PYTHON" -m pytest "$@"
+exec "$VENV_PYTHON" -m pytest -n 2 --dist worksteal "$@"

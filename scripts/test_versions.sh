@@ -27,7 +27,7 @@ FLASHOPTIM_CHECKPOINTS="$(mktemp -d)"
 trap 'rm -rf "$FLASHOPTIM_CHECKPOINTS"' EXIT
 export FLASHOPTIM_CHECKPOINTS
 for release in "${releases[@]}"; do
-    options=(-m smoke tests/megatron)
+    options=(-n 2 --dist worksteal -m smoke tests/megatron)
     path="$REPO"
     if [ "$release" = "$own" ]; then
         options+=(-k test_releases_load_each_others_checkpoints)

@@ -80,6 +80,7 @@ class Saved:
 
         self.folder = folder
         self.state: dict[str, State] = {}
+        self._printed: dict[tuple[str, ...], Path] = {}
         for name in (
             "older",
             "shifted",
@@ -94,13 +95,15 @@ class Saved:
 
     def inspected(self, name: str, *arguments: str) -> dict[str, Any]:
         """Return the JSON of a checkpoint, once."""
-        file = self.folder / f"{'-'.join((name, *arguments)).replace('/', '_')[-100:]}.json"
-        if not file.exists():
+        file = self._printed.get((name, *arguments))
+        if file is None:
+            file = self.folder / f"{len(self._printed)}.json"
             done = run(
                 "inspect", str(self.folder / name), "--no-report", "--json", str(file), *arguments
             )
             assert done.returncode == 0, done.stderr
             assert done.stderr == ""
+            self._printed[name, *arguments] = file
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 

@@ -26,7 +26,8 @@ def _launch(script: Path, corpus: Path, *flags: str, ranks: int = 2) -> subproce
     device = [] if torch.cuda.is_available() else ["--device", "cpu"]
     return subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(ranks)),
             *("-m", "megatron_flashoptim.run", *device, str(script), *MODEL),
             *(*device_flags(), *data_flags(corpus), *flags),
         ],
