@@ -6,7 +6,7 @@
 runs each layout on two ranks with Megatron's own training loop, on two GPUs where there are any,
 and prints how far losses and gradient norms of flash_adamw are from those of Adam in the same
 layout, and, as a measure, how far those of Adam are with a learning rate 1 % higher. The first
-loss must be the same: nothing has been stepped.
+loss must be the same: nothing has been stepped. The rows hold every iteration's figures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,12 @@ LAYOUTS = {
     "virtual stages": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "experts": f"{_MOE} --expert-model-parallel-size 2",
 }
-LEARNING_RATE = "2.02e-3"  # 1 % above that of the configuration
+RUNS = {
+    "adam": "--optimizer adam",
+    "flash_adamw": "--optimizer flash_adamw",
+    "adam, lr + 1 %": "--optimizer adam --lr 2.02e-3",  # 2e-3 is that of the configuration
+}
+Figures = dict[str, list[float]]
 
 
 def grad_norms(run: Run) -> list[float]:
@@ -52,42 +58,47 @@ def grad_norms(run: Run) -> list[float]:
     return [found[number] for number in sorted(found)]
 
 
-def deviation(run: Run, reference: Run) -> dict[str, float]:
-    """Return the largest relative differences of losses and gradient norms."""
-    losses = [abs(run.losses[i] / reference.losses[i] - 1) for i in reference.losses]
-    norms = [
-        abs(ours / theirs - 1)
-        for ours, theirs in zip(grad_norms(run), grad_norms(reference), strict=True)
-    ]
-    return {"first_loss": losses[0], "loss": max(losses), "grad_norm": max(norms)}
+def figures(run: Run) -> Figures:
+    """Return losses and gradient norms of a run, iteration by iteration."""
+    return {"losses": list(run.losses.values()), "grad_norms": grad_norms(run)}
 
 
-def measure(launcher: Launcher, layouts: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Run each layout three times and return the deviations from Adam."""
-    found = {}
+def deviations(ours: list[float], theirs: list[float]) -> list[float]:
+    """Return the relative differences, iteration by iteration."""
+    return [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+
+
+def measure(launcher: Launcher, layouts: list[str]) -> dict[str, dict[str, Figures]]:
+    """Run each layout with each optimizer and return their figures."""
+    found: dict[str, dict[str, Figures]] = {}
     for layout in layouts:
         print(layout, flush=True)
-        name = layout.replace(" ", "-")
-        flags = LAYOUTS[layout].split()
-        adam = launcher.run(f"{name}-adam", ["--optimizer", "adam", *flags])
-        flash = launcher.run(f"{name}-flash", ["--optimizer", "flash_adamw", *flags])
-        found[layout] = {"flash_adamw": deviation(flash, adam)}
-        if layout == "data parallel":
-            more = ["--optimizer", "adam", "--lr", LEARNING_RATE, *flags]
-            found[layout]["adam, lr + 1 %"] = deviation(launcher.run(f"{name}-lr", more), adam)
+        found[layout] = {}
+        for name, flags in RUNS.items():
+            folder = f"{layout} {name}".replace(" ", "-").replace(",", "").replace("%", "percent")
+            run = launcher.run(folder, [*flags.split(), *LAYOUTS[layout].split()])
+            found[layout][name] = figures(run)
     return found
 
 
-def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return the deviations as a table."""
-    lines = [f"{'layout':30} {'run':16} {'first loss':>11} {'loss':>9} {'grad norm':>10}"]
+def table(found: dict[str, dict[str, Figures]]) -> str:
+    """Return the largest deviations from Adam as a table."""
+    lines = [
+        f"{'layout':30} {'run':15} {'first loss':>10} {'loss':>8} {'grad norm':>9} "
+        f"{'median':>8} {'largest at':>10}"
+    ]
     for layout, runs in found.items():
+        reference = runs["adam"]
         for run, of in runs.items():
+            if of is reference:
+                continue
+            losses, norms = (deviations(of[kind], reference[kind]) for kind in reference)
             lines.append(
-                f"{layout:30} {run:16} {of['first_loss']:11.1e} {of['loss']:9.1e} "
-                f"{of['grad_norm']:10.1e}"
+                f"{layout:30} {run:15} {losses[0]:10.1e} {max(losses):8.1e} {max(norms):9.1e} "
+                f"{statistics.median(norms):8.1e} {norms.index(max(norms)) + 1:10}"
             )
-    return "\n".join([*lines, "largest relative differences from Adam in the same layout"])
+    end = "largest relative differences from Adam in the same layout; of norms the median too,"
+    return "\n".join([*lines, f"{end} and the iteration of the largest"])
 
 
 def main() -> None:
@@ -112,7 +123,7 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
         ).stdout.strip()
         environment = {"hardware": setup.hardware, "ranks": setup.ranks, "commit": commit}
-        stored = {"environment": environment | setup.versions, "deviations": found}
+        stored = {"environment": environment | setup.versions, "figures": found}
         options.json.write_text(json.dumps(stored, indent=2) + "\n")
 
 
