@@ -329,6 +329,31 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+def _timed_launches() -> list[bool]:
+    """Return for each launch of a step whether the timer of the inner step was running."""
+    from megatron.core.timers import Timers
+
+    from megatron_flashoptim.optim import FlashOptimizer
+
+    trainer = _build(True, BUCKETS)
+    timers = trainer.optimizer.config.timers = Timers(1, "minmax")
+    launch, running = FlashOptimizer.launch, []
+
+    def watched(self: Any, index: int) -> None:
+        running.append(timers("optimizer-inner-step")._started)
+        launch(self, index)
+
+    FlashOptimizer.launch = watched
+    trainer.step()
+    FlashOptimizer.launch = launch
+    return running
+
+
+def test_launches_are_within_the_timer_of_the_inner_step() -> None:
+    for running in run_ranks(2, _timed_launches):
+        assert len(running) >= 4 and all(running)
+
+
 def _refusal(model: dict[str, Any]) -> str:
     try:
         _build(True, model)
