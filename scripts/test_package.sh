@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE=1
 unset PYTHONPATH
 
 work="$(mktemp -d)"
-trap 'rm -rf "$work"' EXIT
+trap 'wait; rm -rf "$work"' EXIT
 # Only what git has: builds leave files in the working tree that later ones would pack.
 mkdir "$work/source" "$work/elsewhere"
 (cd "$REPO" && git ls-files -z | xargs -0 cp --parents --target-directory "$work/source")
@@ -37,8 +37,9 @@ try() {
     "$python" -P -W ignore::UserWarning "$REPO/scripts/package_smoke.py" "$work/source" "${@:3}"
     echo "$(basename "$2"): works in a clean environment${3:+ with [$3]}"
 }
-try wheel "$work"/dist/*.whl
+try wheel "$work"/dist/*.whl &
 try sdist "$work"/dist/*.tar.gz train
+wait $!
 if [ -n "$keep" ]; then
     mkdir -p "$keep"
     cp "$work"/dist/* "$keep"
