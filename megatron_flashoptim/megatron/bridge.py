@@ -50,7 +50,7 @@ _ADAM_FORMATS = (
 
 
 @dataclass
-class FlashOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
+class FlashOptimizerConfig(OptimizerConfig):
     """Bridge's ``OptimizerConfig`` for flash optimizers: ``cfg.optimizer`` of a recipe.
 
     Attributes:
