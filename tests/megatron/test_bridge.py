@@ -101,9 +101,11 @@ def test_a_checkpoint_of_bridges_adam_is_taken_over(
 def _in_the_configuration(corpus: Path, saved: Path) -> None:
     """Everything about the configuration that needs no model."""
     import bridge_runs
-    from megatron.bridge.training.config import ConfigContainer, OptimizerConfig
+    from megatron.bridge.training.config import OptimizerConfig, runtime_config_update
     from megatron.bridge.training.utils import theoretical_memory_utils as theory
+    from megatron.bridge.training.utils.checkpoint_utils import read_run_config
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+    from megatron.bridge.utils.instantiate_utils import instantiate
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -139,6 +141,10 @@ def _in_the_configuration(corpus: Path, saved: Path) -> None:
         setattr(getattr(cfg, part), field, value)
         with pytest.raises(ValueError, match=f"flash_adamw cannot be used with {part}.{field}="):
             cfg.validate()
+    cfg = recipe()
+    cfg.mixed_precision = "bf16_with_fp8_delayed_scaling_mixed"
+    with pytest.raises(ValueError, match=r"ddp.fp8_param_gather=True \(--fp8-param-gather\)"):
+        runtime_config_update(cfg)
     graphed = recipe(optimizer_cuda_graph=True)
     graphed.scheduler.weight_decay_incr_style = "linear"
     with pytest.raises(ValueError, match="optimizer_cuda_graph cannot be used with scheduler"):
@@ -168,11 +174,14 @@ def _in_the_configuration(corpus: Path, saved: Path) -> None:
     )
     assert type(cfg.optimizer) is FlashOptimizerConfig
     assert (cfg.optimizer.flash_master_bits, cfg.optimizer.lr) == (32, 2e-3)
-    read = ConfigContainer.from_yaml(str(saved / "iter_0000004" / "run_config.yaml"))
-    assert read.optimizer == recipe().optimizer
+    read = instantiate(
+        read_run_config(str(saved / "iter_0000004" / "run_config.yaml"))["optimizer"]
+    )
+    assert type(read) is FlashOptimizerConfig
+    assert (read.flash_master_bits, read.lr, read.bf16) == (24, 1e-3, True)
 
     # Theoretical memory: flash's bytes, and Adam's for Adam.
-    cfg.validate()
+    runtime_config_update(cfg)
     assert 2 + 4 + 4.125 / 8 <= theory._bytes_per_parameter(cfg, 8) < 2 + 4 + 4.2 / 8
     cfg.optimizer = stock
     assert theory._bytes_per_parameter(cfg, 8) == 18
