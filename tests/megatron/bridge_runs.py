@@ -87,6 +87,7 @@ def shrink(cfg: Any, corpus: Path, folder: Path, steps: int) -> Any:
     cfg.tokenizer.vocab_size = 257
     cfg.dataset.num_workers = 0
     cfg.dataset.blend = ([str(corpus / "train_document")], None)
+    cfg.dataset.split = "90,5,5"  # a split without documents is never done being built
     cfg.dataset.path_to_cache = str(corpus / "cache")
     cfg.train.train_iters, cfg.train.global_batch_size, cfg.train.micro_batch_size = steps, 4, 2
     cfg.scheduler.lr_warmup_iters, cfg.scheduler.lr_decay_iters = 0, 8
