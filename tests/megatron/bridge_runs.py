@@ -114,7 +114,7 @@ def pretrain(cfg: Any) -> dict[str, Any]:
 
     def after_step(context: Any) -> None:
         loss = context.loss_dict["lm loss"]
-        found["losses"][context.state.train_state.step] = float(loss)
+        found["losses"][context.state.train_state.step + 1] = float(loss)  # not yet counted
 
     def at_end(context: Any) -> None:
         optimizer = context.optimizer
