@@ -23,7 +23,7 @@ PACKAGE = "megatron_flashoptim"
 NOT_IN_SDIST = (".ci/", ".git")
 # Without extras nothing else may be needed: the smoke test runs with these alone.
 DEPENDENCIES = {"torch", "triton", "megatron-core"}
-EXTRAS = {"te", "apex", "train", "inspect", "dev"}
+EXTRAS = {"te", "apex", "train", "bridge", "inspect", "dev"}
 
 
 class Wrong(Exception):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_flashoptim.megatron import versions
+from megatron_flashoptim.optim.config import FlashOptimConfig
 
 _MARK = "_megatron_flashoptim_binding"
 
@@ -70,8 +71,20 @@ class Binding:
             setattr(owner, self.attribute, staticmethod(original) if self.static else original)
 
 
-def _selected() -> Any:
-    """Return the flash configuration of this process's arguments, or None."""
+# The configuration of a Megatron-Bridge recipe, which has no arguments.
+_of_recipe: FlashOptimConfig | None = None
+
+
+def select(flash: FlashOptimConfig | None) -> None:
+    """Have the bindings act for a configuration that is not in Megatron's arguments."""
+    global _of_recipe
+    _of_recipe = flash
+
+
+def _selected() -> FlashOptimConfig | None:
+    """Return the flash configuration of this process's recipe or arguments, or None."""
+    if _of_recipe is not None:
+        return _of_recipe
     from megatron.training import global_vars
 
     from megatron_flashoptim.megatron.arguments import config_from_args
@@ -124,13 +137,16 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
-    from megatron_flashoptim.megatron.layout import wrap_layout
+def wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what lays buffers out, for a flash optimizer in whole quantization groups."""
+    from megatron_flashoptim.megatron import layout
 
-    return wrap_layout(original, lambda: _selected() is not None)
+    return layout.wrap_layout(original, lambda: _selected() is not None)
 
 
-def _wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what takes the norm of a flash optimizer's masters where they are."""
+
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> Any:
         if _selected() is None:
             return original(model, *args, **kwargs)
@@ -142,7 +158,9 @@ def _wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     return calc_params_l2_norm
 
 
-def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what loads a checkpoint, and for a flash optimizer looks at its files before."""
+
     def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         if _selected() is not None:
             from megatron_flashoptim.checkpoint.damage import check_files_together
@@ -178,8 +196,8 @@ BINDINGS = (
         "DistributedOptimizer.__init__",
         _wrap_init,
     ),
-    Binding("megatron.core.dist_checkpointing", "load", _wrap_load),
-    Binding("megatron.training.training", "calc_params_l2_norm", _wrap_params_norm),
+    Binding("megatron.core.dist_checkpointing", "load", wrap_load),
+    Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),
     Binding(
         "megatron.training.theoretical_memory_usage",
         "compute_weight_and_optimizer_memory",
@@ -193,7 +211,7 @@ LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
 def bindings() -> tuple[Binding, ...]:
     """Return what is bound in the installed release of Megatron."""
     module, path = versions.layout_name()
-    return (*BINDINGS, Binding(module, path, _wrap_layout, static="." in path))
+    return (*BINDINGS, Binding(module, path, wrap_layout, static="." in path))
 
 
 def install() -> None:

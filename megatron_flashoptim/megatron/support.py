@@ -7,7 +7,7 @@ built from an ``OptimizerConfig`` (names of fields), for code that has no argume
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -221,16 +221,29 @@ EARLY_GATHER_RULES = (
 )
 
 
+def broken_rule(options: Any, rules: Iterable[Rule]) -> Rule | None:
+    """Return the first rule that the options break, or None.
+
+    Args:
+        options: a namespace or dataclass; rules whose field it lacks do not apply.
+        rules: the rules, in the order in which they are to be told.
+    """
+    for rule in rules:
+        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
+            return rule
+    return None
+
+
 def early_gather_refusal(options: Any) -> str | None:
     """Return why the options cannot be combined with ``--flash-early-param-gather``, or None.
 
     Args:
         options: a namespace; rules whose field it lacks do not apply.
     """
-    for rule in EARLY_GATHER_RULES:
-        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
-            return f"--flash-early-param-gather cannot be used with {rule.flag}: {rule.reason}"
-    return None
+    rule = broken_rule(options, EARLY_GATHER_RULES)
+    if rule is None:
+        return None
+    return f"--flash-early-param-gather cannot be used with {rule.flag}: {rule.reason}"
 
 
 def first_refusal(optimizer: str, options: Any) -> str | None:
@@ -240,16 +253,16 @@ def first_refusal(optimizer: str, options: Any) -> str | None:
         optimizer: value of ``--optimizer``, for the message.
         options: a namespace or dataclass; rules whose field it lacks do not apply.
     """
+    rule = broken_rule(options, RULES)
+    if rule is not None:
+        return f"--optimizer {optimizer} cannot be used with {rule.flag}: {rule.reason}"
     graph = bool(getattr(options, "optimizer_cuda_graph", False))
-    for rule in RULES:
-        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
-            return f"--optimizer {optimizer} cannot be used with {rule.flag}: {rule.reason}"
-    for rule in CUDA_GRAPH_RULES if graph else ():
-        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
-            return (
-                f"--optimizer {optimizer} cannot be used with --optimizer-cuda-graph and "
-                f"{rule.flag}: {rule.reason}"
-            )
+    rule = broken_rule(options, CUDA_GRAPH_RULES) if graph else None
+    if rule is not None:
+        return (
+            f"--optimizer {optimizer} cannot be used with --optimizer-cuda-graph and "
+            f"{rule.flag}: {rule.reason}"
+        )
     return None
 
 

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # The releases that every change is tested with, oldest first: the newest patch of each series.
 TESTED = ("0.17.1", "0.18.2", "0.19.2")
+# The release of Megatron-Bridge that scripts/requirements-bridge.txt installs.
+TESTED_BRIDGE = "0.6.2"
 
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
@@ -110,16 +112,17 @@ def find(module: str, path: str) -> Any:
         getattr(owner, attribute)
     except (ImportError, AttributeError) as problem:
         missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
+        in_bridge = module.startswith("megatron.bridge.")
+        package = "megatron-bridge" if in_bridge else f"megatron-core {installed_version()}"
+        extra, tested = ("bridge", (TESTED_BRIDGE,)) if in_bridge else ("train", TESTED)
         if missing and missing.partition(".")[0] != "megatron":
             raise ImportError(
-                f"{module} of megatron-core {installed_version()} needs the package {missing}, "
-                "which is not installed; pip install 'megatron-flashoptim[train]' installs what "
-                "training needs"
+                f"{module} of {package} needs the package {missing}, which is not installed; "
+                f"pip install 'megatron-flashoptim[{extra}]' installs what training needs"
             ) from problem
         raise ImportError(
-            f"megatron-flashoptim needs {module}.{path}, which megatron-core "
-            f"{installed_version()} does not have ({problem}). Tested releases: "
-            f"{', '.join(TESTED)}"
+            f"megatron-flashoptim needs {module}.{path}, which {package} does not have "
+            f"({problem}). Tested releases: {', '.join(tested)}"
         ) from problem
     return owner
 

@@ -194,6 +194,14 @@ def test_a_package_that_megatrons_training_lacks_is_named_with_its_extra(
         versions.find("part_of_megatron", "name")
 
 
+def test_megatron_bridge_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "megatron_flashoptim.megatron.bridge"
+    monkeypatch.setitem(sys.modules, "megatron.bridge", None)  # cannot be imported
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match=r"needs Megatron-Bridge.*flashoptim\[bridge,te\]"):
+        importlib.import_module(name)
+
+
 @pytest.mark.smoke
 def test_install_without_optional_packages_works_or_names_the_package() -> None:
     """Megatron 0.17 imports yaml when training is imported, 0.19 when it is used."""
