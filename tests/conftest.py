@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, Megatron imported once (on CPU ranks without a GPU), a corpus."""
+"""Shared by all tests: one thread; Megatron, on CPU ranks where there is no GPU; a corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m megatron_flashoptim.cli``: the command where it is not installed, as in containers."""
+"""``python -m megatron_flashoptim.cli``: the command, where it is not installed."""
 
 from megatron_flashoptim.cli import main
 

@@ -73,7 +73,7 @@ check() {
     if [ "$TO" = weights ]; then processes=(); fi
     container_options "$SRC" "$DST"
     COMMAND=(
-        srun --nodes 1 --ntasks 1 --cpu-bind none "${CONTAINER_OPTIONS[@]}"
+        srun --nodes 1 --ntasks 1 --cpus-per-task "$PROCESSES" --cpu-bind none "${CONTAINER_OPTIONS[@]}"
         "$PYTHON" -m megatron_flashoptim.cli convert --to "$TO" "${processes[@]}"
         "${MORE_ARGS[@]}" "$SRC" "$DST"
     )

@@ -45,17 +45,23 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, script: str, **variables: str | int | Path) -> Job:
-        """Run one of the job scripts with variables."""
+    def run_script(self, script: str, *options: str, **variables: str | int | Path) -> str:
+        """Return what one of the job scripts prints."""
         settings = {name: str(value) for name, value in variables.items()}
         done = subprocess.run(
-            [str(SCRIPTS / script)],
+            [str(SCRIPTS / script), *options],
             env={**self.environment, "PYTHON": sys.executable, **settings},
             capture_output=True,
             text=True,
         )
-        found = re.fullmatch(r"job (\d+); its output goes to (.*)\n", done.stdout)
-        assert found, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, script: str, **variables: str | int | Path) -> Job:
+        """Submit a job with one of the job scripts."""
+        printed = self.run_script(script, **variables)
+        found = re.fullmatch(r"job (\d+); its output goes to (.*)\n", printed)
+        assert found, printed
         return Job(self, found[1], Path(found[2]))
 
 
@@ -95,7 +101,9 @@ class Job:
 
         def reached() -> bool:
             starts = self.starts()
-            done = re.findall(r"iteration +(\d+)/ ", starts[start - 1]) if start <= len(starts) else []
+            done = (
+                re.findall(r"iteration +(\d+)/ ", starts[start - 1]) if start <= len(starts) else []
+            )
             return bool(done) and int(done[-1]) >= iteration
 
         self.wait_for(reached, seconds)
@@ -107,10 +115,10 @@ class Job:
     def kill_a_worker(self) -> None:
         """End one of its training processes with SIGKILL, as a crash does."""
         for process, command in _processes():
-            if "megatron_flashoptim.run" in command and f".finished-{self.number}\0" in command:
-                if "torch.distributed.run" not in command:
-                    os.kill(process, signal.SIGKILL)
-                    return
+            of_this_job = f".finished-{self.number}\0" in command
+            if of_this_job and "torch.distributed.run" not in command and "srun" not in command:
+                os.kill(process, signal.SIGKILL)
+                return
         raise AssertionError("no worker is running")
 
 
