@@ -23,8 +23,9 @@ die() {
 FREEZER=/sys/fs/cgroup/freezer
 
 configure() {
-    local host slurmd_port=$((PORT + 1))
+    local host megabytes slurmd_port=$((PORT + 1))
     host="$(hostname -s)"
+    megabytes="$(awk '/^MemTotal:/ { print int($2 / 1024) }' /proc/meminfo)"
     cat >"$FOLDER/slurm.conf" <<END
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
@@ -51,7 +52,8 @@ KillWait=5
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=node[0-1] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$slurmd_port-$((PORT + 2))] CPUs=$(nproc)
+NodeName=DEFAULT CPUs=$(nproc) RealMemory=$megabytes
+NodeName=node[0-1] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$slurmd_port-$((PORT + 2))]
 PartitionName=train Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 END
