@@ -1,8 +1,8 @@
-# What the job scripts share; sourced by them, with REPO set.
-# shellcheck shell=bash disable=SC2034 # what functions leave in variables is read there
+# What the job scripts share; sourced by them, with REPO and program set.
+# shellcheck shell=bash disable=SC2034,SC2154 # variables are read there, and set
 
 die() {
-    printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
+    printf '%s: error: %s\n' "$program" "$1" >&2
     exit 2
 }
 
@@ -61,12 +61,23 @@ default_python() {
     : "${PYTHON:=$REPO/.venv/bin/python}"
 }
 
-# check_python: without a container, the interpreter must be here.
+# check_python: the interpreter must be here, unless it comes with a container or with SETUP.
 check_python() {
-    if [ -z "$CONTAINER" ] && ! command -v "$PYTHON" >/dev/null; then
+    if [ -z "$CONTAINER$SETUP" ] && ! command -v "$PYTHON" >/dev/null; then
         die "PYTHON='$PYTHON': no such interpreter; name that of the environment, make one with \
 scripts/quickstart.sh, or set CONTAINER"
     fi
+}
+
+# prepare_environment: what the job's processes inherit.
+prepare_environment() {
+    if [ -n "$SETUP" ]; then
+        set +u # scripts of module systems use variables that may not be set
+        # shellcheck source=/dev/null
+        source "$SETUP"
+        set -u
+    fi
+    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 # container_options FOLDER...: leave in the array CONTAINER_OPTIONS what srun takes for pyxis; the

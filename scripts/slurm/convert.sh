@@ -37,6 +37,7 @@ set +a
 # Slurm warns so long before the limit; a part takes seconds, and a lost one is converted again.
 WARNING_SECONDS=60
 
+program=convert.sh # in a job, $0 is Slurm's copy
 mode="${1:-submit}"
 if [ "$mode" = --job ]; then
     REPO="$2"
@@ -44,7 +45,7 @@ else
     REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 fi
 if [ ! -f "$REPO/scripts/slurm/common.sh" ]; then
-    echo "convert.sh: error: run scripts/slurm/convert.sh itself; it calls sbatch" >&2
+    echo "$program: error: run scripts/slurm/convert.sh itself; it calls sbatch" >&2
     exit 2
 fi
 # shellcheck source=scripts/slurm/common.sh
@@ -81,14 +82,13 @@ check() {
 
 # The number of files in DST: parts are written one by one.
 files_written() {
-    find "$DST" -type f 2>/dev/null | wc -l
+    find "$DST" -type f | wc -l
 }
 
 run_job() {
     local files code=0
-    # shellcheck source=/dev/null
-    if [ -n "$SETUP" ]; then source "$SETUP"; fi
-    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    mkdir -p "$DST"
+    prepare_environment
     files="$(files_written)"
     say "on $SLURM_JOB_NODELIST"
     show "${COMMAND[@]}"

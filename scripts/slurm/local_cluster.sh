@@ -47,8 +47,6 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
-# What a cancelled or requeued job gets between SIGTERM and SIGKILL; Slurm's default is 30.
-KillWait=5
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

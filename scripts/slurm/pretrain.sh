@@ -52,6 +52,7 @@ OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # threads of each process on the CP
 
 set +a
 
+program=pretrain.sh # in a job, $0 is Slurm's copy
 mode="${1:-submit}"
 if [ "$mode" = --job ]; then
     REPO="$2"
@@ -59,7 +60,7 @@ else
     REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 fi
 if [ ! -f "$REPO/scripts/slurm/common.sh" ]; then
-    echo "pretrain.sh: error: run scripts/slurm/pretrain.sh itself; it calls sbatch" >&2
+    echo "$program: error: run scripts/slurm/pretrain.sh itself; it calls sbatch" >&2
     exit 2
 fi
 # shellcheck source=scripts/slurm/common.sh
@@ -139,6 +140,7 @@ make_command() {
 
 run_job() {
     local before after left code=0
+    mkdir -p "$SAVE"
     FINISHED="$SAVE/.finished-$SLURM_JOB_ID"
     rm -f "$FINISHED"
     before="$(newest_checkpoint)"
@@ -146,9 +148,7 @@ run_job() {
     left="$(slurm_seconds "$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)")" || left=
     : "${RDZV_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
     make_command "$RDZV_HOST:$RDZV_PORT" "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$left"
-    # shellcheck source=/dev/null
-    if [ -n "$SETUP" ]; then source "$SETUP"; fi
-    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    prepare_environment
     say "on $SLURM_JOB_NODELIST, from ${before:+iteration }${before:-the beginning}"
     show "${STEP[@]}" "${COMMAND[@]}"
     run_to_its_end "${STEP[@]}" "${COMMAND[@]}" || code=$?

@@ -154,13 +154,17 @@ def _check_conversion_jobs(cluster: Cluster, flash: Path, folder: Path) -> None:
 def test_jobs_that_are_cancelled_or_fail_at_once_are_not_started_again(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
+    setup = tmp_path / "setup.sh"
+    setup.write_text("echo set up ${NOT_SET}\n")
     variables = _variables(corpus, tmp_path / "fails", RANKS_PER_NODE=1)
+    variables |= {"SETUP": str(setup), "LOGS": str(tmp_path / "logs")}
     fails = cluster.submit("pretrain.sh", **variables, EXTRA_ARGS="--no-such-flag")
     variables = _variables(corpus, tmp_path / "cancelled", RANKS_PER_NODE=1)
     cancelled = cluster.submit("pretrain.sh", **variables)
     cancelled.wait_for_iteration(1, SAVE_INTERVAL + 1)
     cluster.run("scancel", cancelled.number)
     fails.wait_for_state("FAILED")
+    assert "set up" in fails.text()
     assert "unrecognized arguments: --no-such-flag" in fails.text()
     assert "no checkpoint since this start, so not requeued" in fails.text()
     cancelled.wait_for(lambda: not cluster.run("squeue", "--noheader"), 60)
