@@ -32,7 +32,9 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$PORT
 SlurmUser=root
 # A requeued job waits for its old credential to expire; Slurm's default is 120 seconds.
-AuthInfo=socket=$FOLDER/munge.sock,cred_expire=5
+AuthInfo=socket=$FOLDER/munge.sock,cred_expire=15
+# On a busy machine. A message to end the last start that is sent again would end the new one.
+MessageTimeout=60
 SchedulerParameters=sched_interval=2,bf_interval=2
 StateSaveLocation=$FOLDER/state
 SlurmdSpoolDir=$FOLDER/spool-%n

@@ -155,8 +155,9 @@ run_job() {
     after="$(newest_checkpoint)"
     if [ -e "$FINISHED" ]; then
         rm -f "$FINISHED"
+        if [ "$code" != 0 ]; then say "exit code $code, after the end of the training"; fi
         say "finished${after:+; the last checkpoint is that of iteration $after}"
-        exit "$code"
+        exit
     fi
     say "ended before training did, with exit code $code; saved are ${after:-no} iterations"
     # What ends without having got any further would do so again.
