@@ -11,7 +11,8 @@
 #
 #   PROCTRACK   how Slurm tracks and signals processes. cgroup, as clusters do: the process that
 #               srun started is signalled, and the rest only killed; needs a writable freezer
-#               cgroup (version 1). linuxproc: all of them are signalled. Default: cgroup if it can.
+#               cgroup (version 1). linuxproc: all of them are signalled, and with SIGUSR1 before a
+#               preemption (docs/slurm.md says why). Default: cgroup if it can.
 #   PORT        first of three ports (default: 26817)
 set -euo pipefail
 
@@ -59,6 +60,8 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 END
     if [ "$PROCTRACK" = cgroup ]; then
         printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=%s\n' "${FREEZER%/*}" >"$FOLDER/cgroup.conf"
+    else
+        echo PreemptParameters=send_user_signal >>"$FOLDER/slurm.conf"
     fi
 }
 
