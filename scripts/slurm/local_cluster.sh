@@ -51,6 +51,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 JobRequeue=1
+# pretrain.sh takes its port from the job's id: not the same one as another cluster's here.
+FirstJobId=$((PORT / 2))
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=DEFAULT CPUs=$(nproc) RealMemory=$megabytes
