@@ -63,7 +63,7 @@ END
     if [ "$PROCTRACK" = cgroup ]; then
         printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=%s\n' "${FREEZER%/*}" >"$FOLDER/cgroup.conf"
     else
-        echo PreemptParameters=send_user_signal >>"$FOLDER/slurm.conf"
+        echo SlurmctldParameters=preempt_send_user_signal >>"$FOLDER/slurm.conf"
     fi
 }
 
@@ -83,6 +83,7 @@ apt-get install --no-install-recommends slurm-wlm munge"
     mkdir -p "$FOLDER/state"
     (umask 077 && head -c 128 /dev/urandom >"$FOLDER/munge.key")
     configure
+    trap end_daemons EXIT # unless all of it comes up
     # Its own key and socket; --force: the folder may be one that others can write to, like /tmp.
     munged --force --socket "$FOLDER/munge.sock" --key-file "$FOLDER/munge.key" \
         --pid-file "$FOLDER/munged.pid" --log-file "$FOLDER/munged.log" \
@@ -95,6 +96,7 @@ apt-get install --no-install-recommends slurm-wlm munge"
     done
     for _ in {1..100}; do
         if [ "$(sinfo --noheader --states idle --partition train --format %D 2>/dev/null)" = 2 ]; then
+            trap - EXIT
             echo "$(slurmctld -V), proctrack/$PROCTRACK, nodes node0 and node1; use it with"
             echo "export SLURM_CONF=$SLURM_CONF"
             return
@@ -111,14 +113,20 @@ end_process() {
     process="$(cat "$1")"
     kill "$process" 2>/dev/null || return 0
     for _ in {1..100}; do
-        if ! kill -0 "$process" 2>/dev/null; then return; fi
+        if ! kill -0 "$process" 2>/dev/null; then return 0; fi
         sleep 0.1
     done
     kill -KILL "$process" 2>/dev/null || true
 }
 
-stop() {
+end_daemons() {
     local file
+    for file in slurmd-node0 slurmd-node1 slurmctld munged; do end_process "$FOLDER/$file.pid"; done
+    find $FREEZER/slurm_node[01] -depth -type d -exec rmdir {} + 2>/dev/null || true
+    rm -f "$FOLDER/slurm.conf"
+}
+
+stop() {
     [ -f "$FOLDER/slurm.conf" ] || die "$FOLDER has no cluster"
     export SLURM_CONF="$FOLDER/slurm.conf"
     if [ -f "$FOLDER/slurmctld.pid" ]; then
@@ -128,9 +136,7 @@ stop() {
             sleep 0.2
         done
     fi
-    for file in slurmd-node0 slurmd-node1 slurmctld munged; do end_process "$FOLDER/$file.pid"; done
-    find $FREEZER/slurm_node[01] -depth -type d -exec rmdir {} + 2>/dev/null || true
-    rm -f "$FOLDER/slurm.conf"
+    end_daemons
 }
 
 [ $# = 2 ] || die "give start or stop, and a folder"
