@@ -5,6 +5,9 @@
 
 The script is run unmodified, as ``python SCRIPT ARGUMENTS`` would, after ``install()``.
 ``--device cpu`` before the script runs Megatron on CPU ranks (see ``megatron.cpu``).
+``--finished FILE`` makes FILE when the script returns. Megatron returns from a training that is
+finished and exits from one that it stops, on a signal or after ``--exit-duration-in-mins``, both
+with exit code 0: a scheduler can tell them apart by the file.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,12 +35,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="cuda",
         help="cpu: run Megatron on CPU ranks with gloo, for machines without a GPU",
     )
+    parser.add_argument(
+        "--finished",
+        type=Path,
+        metavar="FILE",
+        help="make this file, on each node, when SCRIPT returns rather than exits",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="training script, e.g. pretrain_gpt.py")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(argv)
     script = os.path.abspath(options.script)
     if not os.path.isfile(script):
         parser.error(f"SCRIPT {options.script!r} is not a file")
+    if options.finished is not None and not options.finished.absolute().parent.is_dir():
+        parser.error(f"--finished {options.finished}: its folder is not there")
     if options.device == "cpu":
         from megatron_flashoptim.megatron import cpu
 
@@ -52,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.argv = [script, *options.arguments]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
+    # A shared disk may show a file later on other nodes than on the one where it was made.
+    if options.finished is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        options.finished.touch()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Shared by all tests: one thread; Megatron imported once, on CPU ranks where there is no GPU."""
+"""Shared by all tests: one thread; Megatron, on CPU ranks where there is no GPU; a corpus."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +32,12 @@ def megatron() -> None:
     installed = installed_version().partition("+")[0]
     wanted = os.environ.get("FLASHOPTIM_MEGATRON_CORE", installed)
     assert installed == wanted, "scripts/test_versions.sh put another release on the path"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the corpus with the project's own script."""
+    folder = tmp_path_factory.mktemp("corpus")
+    script = Path(__file__).resolve().parents[1] / "scripts" / "prepare_corpus.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder

@@ -1,0 +1,157 @@
+# What the job scripts share; sourced by them, with REPO and program set.
+# shellcheck shell=bash disable=SC2034,SC2154 # variables are read there, and set
+
+die() {
+    printf '%s: error: %s\n' "$program" "$1" >&2
+    exit 2
+}
+
+# check_number NAME [LEAST]: the variable must hold a whole number of at least LEAST (default: 1).
+check_number() {
+    local least="${2:-1}"
+    if ! [[ "${!1}" =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < least)); then
+        die "$1='${!1}': must be a whole number of at least $least"
+    fi
+}
+
+# check_choice NAME CHOICE...: the variable must hold one of the choices.
+check_choice() {
+    local name="$1" choice
+    shift
+    for choice in "$@"; do
+        if [ "${!name}" = "$choice" ]; then return; fi
+    done
+    die "$name='${!name}': must be one of: $*"
+}
+
+# make_absolute NAME: the job may start in another folder.
+make_absolute() {
+    printf -v "$1" '%s' "$(realpath -m -- "${!1}")"
+}
+
+# split_words TEXT SOURCE: leave in the array WORDS the words of TEXT, quoted as in a shell; '#'
+# starts a comment. SOURCE is what an error names.
+split_words() {
+    local lines
+    # shellcheck disable=SC2001 # of every line
+    lines="$(sed 's/#.*//' <<<"$1" | xargs -r printf '%s\n' 2>/dev/null)" ||
+        die "$2: a quote is opened and not closed"
+    WORDS=()
+    if [ -n "$lines" ]; then mapfile -t WORDS <<<"$lines"; fi
+}
+
+# slurm_seconds TIME: print the seconds of a time in one of Slurm's notations: minutes,
+# minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
+slurm_seconds() {
+    local days=0 fields
+    [[ "$1" =~ ^([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{1,6}){0,2}$ ]] || return 1
+    IFS=: read -ra fields <<<"${1#*-}"
+    if [[ "$1" == *-* ]]; then
+        days="${1%%-*}"
+        fields+=(0 0)
+    elif [ ${#fields[@]} -lt 3 ]; then
+        fields=(0 "${fields[@]}" 0)
+    fi
+    echo $((((10#$days * 24 + 10#${fields[0]}) * 60 + 10#${fields[1]}) * 60 + 10#${fields[2]}))
+}
+
+# default_python: a container has an interpreter of its own.
+default_python() {
+    if [ -n "$CONTAINER" ]; then : "${PYTHON:=python}"; fi
+    : "${PYTHON:=$REPO/.venv/bin/python}"
+}
+
+# check_python: the interpreter must be here, unless it comes with a container or with SETUP.
+check_python() {
+    if [ -z "$CONTAINER$SETUP" ] && ! command -v "$PYTHON" >/dev/null; then
+        die "PYTHON='$PYTHON': no such interpreter; name that of the environment, make one with \
+scripts/quickstart.sh, or set CONTAINER"
+    fi
+}
+
+# prepare_environment: what the job's processes inherit.
+prepare_environment() {
+    if [ -n "$SETUP" ]; then
+        set +u # scripts of module systems use variables that may not be set
+        # shellcheck source=/dev/null
+        source "$SETUP"
+        set -u
+    fi
+    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# container_options FOLDER...: leave in the array CONTAINER_OPTIONS what srun takes for pyxis; the
+# folders are mounted where they are.
+container_options() {
+    local folder mounts="$REPO:$REPO"
+    CONTAINER_OPTIONS=()
+    if [ -z "$CONTAINER" ]; then return; fi
+    for folder in "$@"; do mounts+=",$folder:$folder"; done
+    if [ -n "$CONTAINER_MOUNTS" ]; then mounts+=",$CONTAINER_MOUNTS"; fi
+    CONTAINER_OPTIONS=("--container-image=$CONTAINER" "--container-mounts=$mounts")
+}
+
+# show COMMAND...: print a command line as a shell would take it.
+show() {
+    printf '%q ' "$@" | sed 's/ $//'
+    echo
+}
+
+# show_variables SCRIPT: print what a job gets in its environment: the variables at a script's top.
+show_variables() {
+    local name
+    while read -r name; do printf '%s=%q\n' "$name" "${!name}"; done < <(
+        sed -n 's/^\([A-Z][A-Z_]*\)="\${.*/\1/p' "$1"
+    )
+}
+
+# submit OUTPUT COMMAND...: run sbatch and say where the job's output goes.
+submit() {
+    local output="$1" job
+    shift
+    command -v sbatch >/dev/null || die "no sbatch on the PATH; submit from a login node, or see \
+what would run with --test"
+    mkdir -p "$(dirname "$output")"
+    job="$("$@")" || exit 1
+    job="${job%%;*}"
+    output="${output//%x/$JOB_NAME}"
+    echo "job $job; its output goes to ${output//%j/$job}"
+}
+
+# say TEXT: a line of the job's log.
+say() {
+    printf '%s job %s start %s: %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" \
+        "$((${SLURM_RESTART_COUNT:-0} + 1))" "$1"
+}
+
+# run_to_its_end COMMAND...: run a command and return its exit code, whatever signal comes.
+# Slurm warns the batch script together with its steps, and a shell without a trap would end.
+run_to_its_end() {
+    local process code warned
+    trap 'warned=yes' TERM USR1
+    "$@" &
+    process=$!
+    while true; do
+        warned=
+        code=0
+        wait "$process" || code=$?
+        if [ -z "$warned" ]; then return "$code"; fi
+    done
+}
+
+# requeue_job: have Slurm start this job again, unless that was decided elsewhere already.
+requeue_job() {
+    local state
+    if [ "$REQUEUE" = no ]; then
+        say "not requeued: REQUEUE=no"
+        return
+    fi
+    # A cancelled job must stay cancelled, and one that Slurm requeues is no longer running.
+    state="$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" || state=unknown
+    if [ "$state" != RUNNING ]; then
+        say "left to Slurm: the job is $state"
+        return
+    fi
+    say "requeued"
+    scontrol requeue "$SLURM_JOB_ID"
+}

@@ -1,0 +1,206 @@
+#!/usr/bin/env bash
+# Pretrains with flash_adamw as a Slurm job on one or many nodes, and resumes until it is finished.
+#
+#   SAVE=/shared/run ARGS_FILE=my.args NODES=4 scripts/slurm/pretrain.sh           submit
+#   SAVE=/shared/run ARGS_FILE=my.args NODES=4 scripts/slurm/pretrain.sh --test    show, run nothing
+#
+# Before the time limit and before a preemption, Megatron saves and exits, and the job is requeued;
+# it resumes from SAVE. Set the variables in the environment, or here. More in docs/slurm.md.
+set -euo pipefail
+set -a # the job gets the variables
+
+# What is trained.
+SAVE="${SAVE:-}"                             # required: folder of checkpoints, on a shared disk
+ARGS_FILE="${ARGS_FILE:-}"                   # required: Megatron's arguments, like configs/*.args
+EXTRA_ARGS="${EXTRA_ARGS:-}"                 # more of them, quoted as in a shell; these win
+OPTIMIZER="${OPTIMIZER:-flash_adamw}"        # Megatron's --optimizer
+LOAD="${LOAD:-}"                             # start from this folder while SAVE has no checkpoint
+SAVE_INTERVAL="${SAVE_INTERVAL:-1000}"       # iterations from one checkpoint to the next
+SCRIPT="${SCRIPT:-}"                         # training script; empty: scripts/pretrain_gpt.py
+
+# What it runs on.
+NODES="${NODES:-1}"                          # nodes
+RANKS_PER_NODE="${RANKS_PER_NODE:-8}"        # processes on each, one for each GPU
+DEVICE="${DEVICE:-cuda}"                     # cuda, or cpu: Megatron on CPU ranks, with gloo
+TIME="${TIME:-4:00:00}"                      # limit of one start, in Slurm's notation
+JOB_NAME="${JOB_NAME:-flash-pretrain}"       # name of the job
+# How sbatch is asked for GPUs; empty where a node comes with them and for DEVICE=cpu.
+GPU_REQUEST="${GPU_REQUEST---gpus-per-node=$RANKS_PER_NODE}"
+# More options of sbatch: partition, account, ... By default whole nodes with all their memory.
+SBATCH_OPTIONS="${SBATCH_OPTIONS---exclusive --mem=0}"
+LOGS="${LOGS:-}"                             # folder of the output; empty: SAVE/logs
+
+# Software.
+PYTHON="${PYTHON:-}"                         # empty: .venv of this repository, or the container's
+CONTAINER="${CONTAINER:-}"                   # image for pyxis (srun --container-image); empty: none
+CONTAINER_MOUNTS="${CONTAINER_MOUNTS:-}"     # FROM:TO,... beside repository, SAVE and LOAD
+SETUP="${SETUP:-}"                           # bash file sourced in the job: modules, NCCL_*
+
+# Rendezvous of torchrun on the first node.
+RDZV_BACKEND="${RDZV_BACKEND:-c10d}"         # c10d, or static: ranks in Slurm's order of the nodes
+RDZV_HOST="${RDZV_HOST:-}"                   # its address; empty: the first node's name
+RDZV_PORT="${RDZV_PORT:-}"                   # its port; empty: one of 20000 to 29999 by job id
+RDZV_SECONDS="${RDZV_SECONDS:-900}"          # how long nodes wait for each other at the start
+
+# Preemption and time limit.
+WARNING_SECONDS="${WARNING_SECONDS:-300}"    # Slurm warns so long before the limit; fits a save
+REQUEUE="${REQUEUE:-yes}"                    # no: end where this script would requeue the job
+
+# Environment of the training processes.
+CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's tensor parallelism
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # threads of each process on the CPU
+
+set +a
+
+program=pretrain.sh # in a job, $0 is Slurm's copy
+mode="${1:-submit}"
+if [ "$mode" = --job ]; then
+    REPO="$2"
+else
+    REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+fi
+if [ ! -f "$REPO/scripts/slurm/common.sh" ]; then
+    echo "$program: error: run scripts/slurm/pretrain.sh itself; it calls sbatch" >&2
+    exit 2
+fi
+# shellcheck source=scripts/slurm/common.sh
+source "$REPO/scripts/slurm/common.sh"
+
+check() {
+    [ -n "$SAVE" ] || die "SAVE is empty: name the folder for checkpoints, on a disk all nodes see"
+    [ -n "$ARGS_FILE" ] || die "ARGS_FILE is empty: name a file of Megatron's arguments, like \
+those in configs/"
+    : "${SCRIPT:=$REPO/scripts/pretrain_gpt.py}" "${LOGS:=$SAVE/logs}"
+    default_python
+    for name in SAVE ARGS_FILE SCRIPT LOGS; do make_absolute "$name"; done
+    for name in LOAD SETUP; do if [ -n "${!name}" ]; then make_absolute "$name"; fi; done
+    for name in NODES RANKS_PER_NODE SAVE_INTERVAL RDZV_SECONDS WARNING_SECONDS; do
+        check_number "$name"
+    done
+    if [ -n "$RDZV_PORT" ]; then check_number RDZV_PORT 1024; fi
+    check_choice DEVICE cuda cpu
+    check_choice RDZV_BACKEND c10d static
+    check_choice REQUEUE yes no
+    if [ "$DEVICE" = cpu ]; then GPU_REQUEST=; fi
+    [ -f "$ARGS_FILE" ] || die "ARGS_FILE='$ARGS_FILE': no such file"
+    [ -z "$LOAD" ] || [ -d "$LOAD" ] || die "LOAD='$LOAD': no such folder"
+    [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
+    check_python
+    [ -n "$CONTAINER" ] || [ -f "$SCRIPT" ] || die "SCRIPT='$SCRIPT': no such file"
+    LIMIT_SECONDS="$(slurm_seconds "$TIME")" ||
+        die "TIME='$TIME': give minutes, hours:minutes:seconds or days-hours"
+    ((LIMIT_SECONDS > WARNING_SECONDS)) || die "TIME='$TIME' is not longer than \
+WARNING_SECONDS='$WARNING_SECONDS': the job would be warned as it starts"
+    split_words "$(cat "$ARGS_FILE")" "ARGS_FILE='$ARGS_FILE'"
+    FILE_ARGS=("${WORDS[@]}")
+    split_words "$EXTRA_ARGS" EXTRA_ARGS
+    MORE_ARGS=("${WORDS[@]}")
+    split_words "$GPU_REQUEST $SBATCH_OPTIONS" SBATCH_OPTIONS
+    MORE_OPTIONS=("${WORDS[@]}")
+}
+
+# The iteration of the newest complete checkpoint in SAVE, as Megatron notes it; empty: there is none.
+newest_checkpoint() {
+    cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || true
+}
+
+# make_command FIRST_NODE:PORT ID SECONDS_LEFT: leave in COMMAND what runs on each node, and in
+# STEP the srun that starts it there. No limit: SECONDS_LEFT is empty.
+make_command() {
+    local load="$SAVE" flags=()
+    if [ -n "$(newest_checkpoint)" ]; then
+        # Rather an error than training from scratch into a folder that has checkpoints.
+        flags+=(--exit-on-missing-checkpoint)
+    elif [ -n "$LOAD" ]; then
+        load="$LOAD"
+        flags+=(--exit-on-missing-checkpoint)
+    fi
+    if [ -n "$3" ]; then
+        # Where the warning is lost Megatron exits by itself, in time to save.
+        local minutes=$((($3 - WARNING_SECONDS / 2) / 60))
+        flags+=(--exit-duration-in-mins "$((minutes > 0 ? minutes : 1))")
+    fi
+    COMMAND=(
+        "$PYTHON" -m torch.distributed.run
+        --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE"
+        --rdzv-backend "$RDZV_BACKEND" --rdzv-endpoint "$1" --rdzv-id "$2"
+        --rdzv-conf "join_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
+        -m megatron_flashoptim.run --device "$DEVICE" --finished "$FINISHED"
+        "$SCRIPT" "${FILE_ARGS[@]}" --optimizer "$OPTIMIZER"
+        --save "$SAVE" --save-interval "$SAVE_INTERVAL" --load "$load"
+        --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}"
+    )
+    container_options "$SAVE" ${LOAD:+"$LOAD"}
+    STEP=(
+        srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind none
+        --kill-on-bad-exit=1 "${CONTAINER_OPTIONS[@]}"
+        bash "$REPO/scripts/slurm/node.sh"
+    )
+}
+
+run_job() {
+    local before after left code=0
+    mkdir -p "$SAVE"
+    FINISHED="$SAVE/.finished-$SLURM_JOB_ID"
+    rm -f "$FINISHED"
+    before="$(newest_checkpoint)"
+    : "${RDZV_HOST:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+    left="$(slurm_seconds "$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)")" || left=
+    : "${RDZV_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
+    make_command "$RDZV_HOST:$RDZV_PORT" "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$left"
+    prepare_environment
+    say "on $SLURM_JOB_NODELIST, from ${before:+iteration }${before:-the beginning}"
+    show "${STEP[@]}" "${COMMAND[@]}"
+    run_to_its_end "${STEP[@]}" "${COMMAND[@]}" || code=$?
+    after="$(newest_checkpoint)"
+    if [ -e "$FINISHED" ]; then
+        rm -f "$FINISHED"
+        if [ "$code" != 0 ]; then say "exit code $code, after the end of the training"; fi
+        say "finished${after:+; the last checkpoint is that of iteration $after}"
+        exit
+    fi
+    say "ended before training did, with exit code $code; saved are ${after:-no} iterations"
+    # What ends without having got any further would do so again.
+    if [ "$after" != "$before" ]; then
+        requeue_job
+        exit "$code"
+    fi
+    say "no checkpoint since this start, so not requeued"
+    exit "$((code > 0 ? code : 1))"
+}
+
+submit_job() {
+    local output="$LOGS/%x-%j.log"
+    local command=(
+        sbatch --parsable --job-name "$JOB_NAME" --output "$output" --open-mode append
+        --nodes "$NODES" --ntasks-per-node 1 --time "$TIME" --export ALL
+        --requeue --signal "USR1@$WARNING_SECONDS" "${MORE_OPTIONS[@]}"
+        "$REPO/scripts/slurm/pretrain.sh" --job "$REPO"
+    )
+    if [ "$mode" = submit ]; then
+        submit "$output" "${command[@]}"
+        return
+    fi
+    FINISHED="$SAVE/.finished-JOB_ID"
+    make_command "${RDZV_HOST:-FIRST_NODE}:${RDZV_PORT:-PORT}" JOB_ID-RESTART_COUNT "$LIMIT_SECONDS"
+    echo "# Submitted with:"
+    show "${command[@]}"
+    echo "# Environment of the job, beside that of this shell:"
+    show_variables "${BASH_SOURCE[0]}"
+    echo "# The job runs, once:"
+    show "${STEP[@]}" ...
+    echo "# which runs on each of $NODES nodes, with PET_NODE_RANK=0 to $((NODES - 1)):"
+    show "${COMMAND[@]}"
+}
+
+case "$mode" in
+    --job)
+        check
+        run_job
+        ;;
+    submit | --test)
+        check
+        submit_job
+        ;;
+    *) die "'$mode': give no option to submit the job, or --test; all else is a variable" ;;
+esac

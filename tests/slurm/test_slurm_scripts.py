@@ -1,0 +1,233 @@
+"""The job scripts without Slurm: what --test prints, wrong variables, signals, the launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from slurm_jobs import ROOT, SCRIPTS
+
+ARGUMENTS = """# Megatron's arguments
+--num-layers 2   # a comment
+--moe-layer-freq "([0]*1+[1]*1)"
+--bf16
+"""
+
+
+@pytest.fixture
+def args_file(tmp_path: Path) -> Path:
+    file = tmp_path / "model.args"
+    file.write_text(ARGUMENTS)
+    return file
+
+
+def _run(script: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Run a script with no other variables than these."""
+    settings = {name: str(value) for name, value in variables.items()}
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, **settings}
+    command = [str(SCRIPTS / script), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _shown(script: str, **variables: object) -> list[str]:
+    """Return the commands that --test prints."""
+    done = _run(script, "--test", **variables)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if not re.match(r"#|[A-Z_]+=", line)]
+
+
+def test_pretraining_shows_what_it_would_run(args_file: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    extra = "--train-iters 8 --wandb-exp-name 'a b'"
+    variables = {"SAVE": save, "ARGS_FILE": args_file, "EXTRA_ARGS": extra, "NODES": 3}
+    submitted, step, command = _shown("pretrain.sh", **variables)
+    assert submitted == (
+        f"sbatch --parsable --job-name flash-pretrain --output {save}/logs/%x-%j.log "
+        "--open-mode append --nodes 3 --ntasks-per-node 1 --time 4:00:00 --export ALL --requeue "
+        "--signal USR1@300 --gpus-per-node=8 --exclusive --mem=0 "
+        f"{SCRIPTS}/pretrain.sh --job {ROOT}"
+    )
+    assert step == (
+        "srun --nodes 3 --ntasks 3 --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1 "
+        f"bash {SCRIPTS}/node.sh ..."
+    )
+    expected = (
+        f"{sys.executable} -m torch.distributed.run --nnodes 3 --nproc-per-node 8 "
+        "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT --rdzv-id JOB_ID-RESTART_COUNT "
+        "--rdzv-conf join_timeout=900\\,timeout=900 -m megatron_flashoptim.run --device cuda "
+        f"--finished {save}/.finished-JOB_ID {ROOT}/scripts/pretrain_gpt.py "
+        "--num-layers 2 --moe-layer-freq \\(\\[0\\]\\*1+\\[1\\]\\*1\\) --bf16 "
+        f"--optimizer flash_adamw --save {save} --save-interval 1000 --load {save} "
+        "--exit-signal-handler --exit-duration-in-mins 237 --train-iters 8 --wandb-exp-name a\\ b"
+    )
+    assert command == expected
+    assert not save.exists(), "nothing is made"
+
+    # With checkpoints, nothing but those is loaded; without, LOAD is.
+    (tmp_path / "other").mkdir()
+    _, _, first = _shown("pretrain.sh", **variables, LOAD=tmp_path / "other")
+    assert f"--load {tmp_path}/other --exit-signal-handler --exit-on-missing-checkpoint" in first
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("4\n")
+    _, _, later = _shown("pretrain.sh", **variables, LOAD=tmp_path / "other")
+    assert f"--load {save} --exit-signal-handler --exit-on-missing-checkpoint" in later
+
+
+def test_containers_mount_what_the_job_reads_and_writes(args_file: Path, tmp_path: Path) -> None:
+    image = {"CONTAINER": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data", "PYTHON": ""}
+    save = tmp_path / "run"
+    _, step, command = _shown("pretrain.sh", SAVE=save, ARGS_FILE=args_file, **image)
+    mounts = f"--container-mounts={ROOT}:{ROOT}\\,{save}:{save}\\,/data:/data"
+    assert f" --container-image=image.sqsh {mounts} bash " in step
+    assert command.startswith("python -m torch.distributed.run "), "the container's own"
+    source, result = tmp_path, tmp_path / "result"
+    submitted, command = _shown("convert.sh", SRC=source, DST=result, TO="flash", **image)
+    assert "--nodes 1 --ntasks 1 --cpus-per-task 8 --mem 16G" in submitted
+    mounts = (
+        f"--container-mounts={ROOT}:{ROOT}\\,{source}:{source}\\,{result}:{result}\\,/data:/data"
+    )
+    assert command == (
+        "srun --nodes 1 --ntasks 1 --cpus-per-task 8 --cpu-bind none "
+        f"--container-image=image.sqsh {mounts} python -m megatron_flashoptim.cli "
+        f"convert --to flash --processes 8 {source} {result}"
+    )
+
+
+def test_every_variable_has_a_comment_and_is_shown(args_file: Path, tmp_path: Path) -> None:
+    for script, variables in (
+        ("pretrain.sh", {"SAVE": tmp_path / "run", "ARGS_FILE": args_file}),
+        ("convert.sh", {"SRC": tmp_path, "DST": tmp_path / "result", "TO": "adam"}),
+    ):
+        lines = (SCRIPTS / script).read_text().splitlines()
+        top = lines[lines.index("set -a # the job gets the variables") : lines.index("set +a")]
+        declared = []
+        for above, line in pairwise(top):
+            if found := re.match(r'([A-Z_]+)="\$\{\1:?-.*\}"(  *# .*)?$', line):
+                declared.append(found[1])
+                assert found[2] or above.startswith("# "), line
+            else:
+                assert not line or line.startswith("#"), line
+        printed = _run(script, "--test", **variables).stdout
+        assert re.findall(r"(?m)^([A-Z_]+)=", printed) == declared
+
+
+WRONG = [
+    ({"SAVE": ""}, "SAVE is empty: name the folder"),
+    ({"ARGS_FILE": ""}, "ARGS_FILE is empty: name a file"),
+    ({"ARGS_FILE": "/no/such"}, "ARGS_FILE='/no/such': no such file"),
+    ({"NODES": "two"}, "NODES='two': must be a whole number of at least 1"),
+    ({"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE='0': must be a whole number of at least 1"),
+    ({"RDZV_PORT": "80"}, "RDZV_PORT='80': must be a whole number of at least 1024"),
+    ({"RDZV_BACKEND": "etcd"}, "RDZV_BACKEND='etcd': must be one of: c10d static"),
+    ({"TIME": "1 day"}, "TIME='1 day': give minutes"),
+    ({"TIME": "5"}, "TIME='5' is not longer than WARNING_SECONDS='300'"),
+    ({"PYTHON": "/no/such"}, "PYTHON='/no/such': no such interpreter"),
+    ({"SCRIPT": "/no/such"}, "SCRIPT='/no/such': no such file"),
+    ({"LOAD": "/no/such"}, "LOAD='/no/such': no such folder"),
+    ({"EXTRA_ARGS": "--x 'y"}, "EXTRA_ARGS: a quote is opened and not closed"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[next(iter(w)) for w, _ in WRONG])
+def test_wrong_variables_are_told_in_one_line(
+    args_file: Path, tmp_path: Path, wrong: dict[str, str], message: str
+) -> None:
+    variables = {"SAVE": tmp_path / "run", "ARGS_FILE": args_file, **wrong}
+    done = _run("pretrain.sh", "--test", **variables)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"pretrain.sh: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_options_are_told_in_one_line(tmp_path: Path) -> None:
+    for done, message in (
+        (_run("pretrain.sh", "--help"), "'--help': give no option to submit the job, or --test"),
+        (_run("convert.sh", SRC=tmp_path, DST=tmp_path, TO="fp8"), "TO='fp8': must be one of: "),
+        (_run("convert.sh", SRC="/no/such", DST=tmp_path, TO="adam"), "SRC='/no/such': no such"),
+    ):
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+_WORKER = """
+import signal, sys, time
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+print("worker ready", flush=True)
+while not stopped:
+    time.sleep(0.05)
+time.sleep(1)  # what a save takes
+print("worker saved", flush=True)
+"""
+
+
+def test_a_warning_reaches_the_workers_and_leaves_torchrun_alone(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(_WORKER)
+    command = ["bash", str(SCRIPTS / "node.sh"), sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", "--nproc-per-node", "2", str(worker)]
+    node = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert node.stdout is not None
+    lines: list[str] = []
+    for line in _until_two(node.stdout, "worker ready"):
+        lines.append(line)
+    (torchrun,) = _children(node.pid)
+    os.kill(torchrun, signal.SIGTERM)  # as from Slurm where it signals all processes of a job
+    time.sleep(0.5)
+    assert len(_children(torchrun)) == 2, "it would have ended its workers"
+    os.kill(node.pid, signal.SIGUSR1)
+    rest, _ = node.communicate(timeout=60)
+    assert node.returncode == 0, rest
+    assert "warned by Slurm; SIGTERM to workers" in rest
+    assert rest.count("worker saved") == 2
+
+
+def _until_two(lines: Iterator[str], text: str) -> Iterator[str]:
+    seen = 0
+    for line in lines:
+        yield line
+        seen += text in line
+        if seen == 2:
+            return
+
+
+def _children(process: int) -> list[int]:
+    """Return the processes that a process has started and that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "status").read_text()
+        except OSError:
+            continue  # it has ended
+        if f"\nPPid:\t{process}\n" in status and "\nState:\tZ" not in status:
+            found.append(int(folder.name))
+    return found
+
+
+def test_launcher_makes_the_file_only_where_the_script_returns(
+    megatron: None, tmp_path: Path
+) -> None:
+    returns, exits = tmp_path / "returns.py", tmp_path / "exits.py"
+    returns.write_text("")
+    exits.write_text("raise SystemExit(0)")  # as Megatron does on a signal
+    run_ranks(1, _launch, returns, tmp_path / "finished")
+    run_ranks(1, _launch, exits, tmp_path / "stopped")
+    assert (tmp_path / "finished").is_file()
+    assert not (tmp_path / "stopped").exists()
+
+
+def _launch(script: Path, finished: Path) -> None:
+    from megatron_flashoptim import run
+
+    try:
+        run.main(["--finished", str(finished), str(script)])
+    except SystemExit as ended:
+        assert ended.code == 0, ended
