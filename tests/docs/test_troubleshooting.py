@@ -61,7 +61,7 @@ def covers(message: str, text: str) -> bool:
 
 
 def test_every_quoted_message_is_in_the_source() -> None:
-    ours, megatrons = PAGE.read_text().split(SAID_BY_MEGATRON)
+    ours, megatrons = PAGE.read_text().split(f"\n{SAID_BY_MEGATRON}\n")
     written = [*texts(REPOSITORY / "megatron_flashoptim"), *texts(REPOSITORY / "scripts")]
     unknown = [
         message
@@ -77,7 +77,7 @@ def test_every_quoted_message_is_in_the_source() -> None:
 
 
 def test_every_message_for_users_is_quoted() -> None:
-    page = quoted(PAGE.read_text().split(SAID_BY_MEGATRON)[0])
+    page = quoted(PAGE.read_text().split(f"\n{SAID_BY_MEGATRON}\n")[0])
     assert all(len(message.replace(VALUE, "").strip()) > 10 for message in page), "too vague"
     missing = [
         message
