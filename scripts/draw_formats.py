@@ -26,7 +26,7 @@ from megatron_flashoptim.codec import (
     join_master,
     split_master,
 )
-from megatron_flashoptim.codec.spec import EXP_AVG_SQ_CODES
+from megatron_flashoptim.codec.spec import ExpAvgSqCode
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
 from megatron_flashoptim.optim.shard import BucketShard
 
@@ -223,7 +223,8 @@ def draw_curves(first: Axes, second: Axes, error: Axes) -> None:
     first.set(title="first moment", xlabel="|m| / scale", ylabel="code")
     decoded = decode_exp_avg(*encode_exp_avg(in_groups(small)))
     curves = [("first moment", WEIGHT, small, of_groups(decoded))]
-    for code, colour in zip(EXP_AVG_SQ_CODES, (STATE, EXPONENT), strict=True):
+    both: tuple[tuple[ExpAvgSqCode, str], ...] = (("sqrt", STATE), ("fourth_root", EXPONENT))
+    for code, colour in both:
         codes, _ = encode_exp_avg_sq(in_groups(x).square(), code=code)
         second.plot(x, of_groups(codes), color=colour, lw=2, label=code)
         pair = encode_exp_avg_sq(in_groups(small).square(), code=code)
