@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(\w+)\n(.*?)^```", re.MULT
 _SHELL = """
 set -euo pipefail
 call() {
-    printf '%s\\0' "$@" > "$PAGE/request"
+    printf '%s\\0' "$@" "" > "$PAGE/request"
     read -r code < "$PAGE/answer"
     cat "$PAGE/printed"
     return "$code"
@@ -101,8 +101,11 @@ def _loosely(line: str) -> re.Pattern[str]:
 
 
 def _read(requests: int) -> list[str]:
-    """Return the words of one command: what ``printf`` wrote at once, each with a NUL behind it."""
-    return os.read(requests, select.PIPE_BUF * 16).decode().split("\0")[:-1]
+    """Return the words of one command, each with a NUL behind it, and an empty one at the end."""
+    read = b""
+    while not read.endswith(b"\0\0"):
+        read += os.read(requests, select.PIPE_BUF)
+    return read.decode().split("\0")[:-2]
 
 
 def _answer(words: list[str], printed: Path, folder: Path) -> int:
