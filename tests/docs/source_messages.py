@@ -69,13 +69,14 @@ def messages() -> Iterator[Message]:
 
 
 def refused_options() -> Iterator[Message]:
-    """Yield the flags of ``Rule(field, refused, flag, reason)`` in megatron/support.py."""
-    file = PACKAGE / "megatron" / "support.py"
-    for node in ast.walk(_tree(file)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Rule":
-            flag = template(node.args[2])
-            assert flag, f"{file}:{node.lineno}: the flag of a rule is not a text"
-            yield Message(f"{file.relative_to(REPOSITORY)}:{node.lineno}", flag)
+    """Yield the flag of every ``Rule(field, refused, flag, reason)`` in the package."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(_tree(file)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Rule":
+                flag = template(node.args[2])
+                place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
+                assert flag, f"{place}: the flag of a rule is not a text"
+                yield Message(place, flag)
 
 
 def _shown(node: ast.AST) -> ast.AST | None:
