@@ -92,11 +92,13 @@ def quoted_lines(page: str) -> list[re.Pattern[str]]:
 
 
 def _loosely(line: str) -> re.Pattern[str]:
-    number = re.compile(r"\d[\d.]*(?:[eE][+-]\d+)?")
+    number = r"\d[\d.]*(?:[eE][+-]\d+)?"
     parts = []
-    for words in line.split("..."):
-        fixed = [re.escape(part) for part in number.split(words)]
-        parts.append(re.sub(r"(?:\\ )+", r"\\s+", r"\d[\d.]*(?:[eE][+-]\d+)?".join(fixed)))
+    for words in re.split(
+        r"(?<!\.)\.\.\.(?!\.)", line
+    ):  # not the dots that Megatron fills lines with
+        fixed = [re.escape(part) for part in re.split(number, words)]
+        parts.append(re.sub(r"(?:\\ )+", r"\\s+", number.join(fixed)))
     return re.compile(".*".join(parts))
 
 

@@ -10,7 +10,7 @@ import page
 import pytest
 import torch
 from safetensors import safe_open
-from source_messages import REPOSITORY
+from source_messages import REPOSITORY, one_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PAGE = (REPOSITORY / "docs" / "getting-started.md").read_text()
@@ -53,7 +53,8 @@ def test_the_resumed_run_repeats_the_losses(road: tuple[Path, str]) -> None:
 def test_tensorboard_has_the_scalars_that_the_page_names(road: tuple[Path, str]) -> None:
     events = EventAccumulator(str(road[0] / "tensorboard"))
     events.Reload()
-    named = re.findall(r"`([\w -]+)`", PAGE.split("**TensorBoard**")[1].split("with `--log")[0])
+    names = one_line(PAGE).split("**TensorBoard**")[1].split("with `--log")[0]
+    named = re.findall(r"`([\w -]+)`", names)
     assert len(named) == 5 and set(named) <= set(events.Tags()["scalars"])
 
 
