@@ -159,7 +159,10 @@ def _train(arguments: list[str], printed: Path, folder: Path) -> None:
     torch.distributed.destroy_process_group = lambda *_: None  # run_ranks does
     os.chdir(folder)
     _print_to(printed)
-    run.main(arguments)
+    try:
+        run.main(arguments)
+    except SystemExit as end:  # as after --exit-interval
+        assert not end.code, end
     sys.stdout.flush()
 
 

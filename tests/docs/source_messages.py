@@ -14,6 +14,8 @@ PACKAGE = REPOSITORY / "megatron_flashoptim"
 VALUE = "…"
 # Names of variables that hold a message until it is raised or logged.
 _HELD = {"problem", "verdict", "message"}
+# Classes of refused options, whose third argument is the flag.
+_REFUSED_OPTION = {"Rule", "Refused"}
 # Methods that show a message: of parsers and of loggers.
 _SHOWN = {"error", "warning", "warn"}
 
@@ -69,11 +71,12 @@ def messages() -> Iterator[Message]:
 
 
 def refused_options() -> Iterator[Message]:
-    """Yield the flag of every ``Rule(field, refused, flag, reason)`` in the package."""
+    """Yield the flag of every refused option, ``Rule(field, refused, flag, reason)``."""
     for file in sorted(PACKAGE.rglob("*.py")):
+        constants = _constants(file)
         for node in ast.walk(_tree(file)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Rule":
-                flag = template(node.args[2])
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in _REFUSED_OPTION:
+                flag = template(node.args[2]) or constants.get(ast.unparse(node.args[2]))
                 place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
                 assert flag, f"{place}: the flag of a rule is not a text"
                 yield Message(place, flag)
@@ -92,6 +95,13 @@ def _shown(node: ast.AST) -> ast.AST | None:
         if ast.unparse(target).rpartition(".")[2] in _HELD:
             return node.value
     return None
+
+
+def _constants(file: Path) -> dict[str, str]:
+    """Return the texts that a module gives names."""
+    assigned = (node for node in _tree(file).body if isinstance(node, ast.Assign))
+    found = ((ast.unparse(node.targets[0]), template(node.value)) for node in assigned)
+    return {name: text for name, text in found if text}
 
 
 @cache
