@@ -75,7 +75,9 @@ def refused_options() -> Iterator[Message]:
     for file in sorted(PACKAGE.rglob("*.py")):
         constants = _constants(file)
         for node in ast.walk(_tree(file)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in _REFUSED_OPTION:
+            if not isinstance(node, ast.Call) or len(node.args) != 4:
+                continue
+            if ast.unparse(node.func) in _REFUSED_OPTION:
                 flag = template(node.args[2]) or constants.get(ast.unparse(node.args[2]))
                 place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
                 assert flag, f"{place}: the flag of a rule is not a text"
