@@ -8,6 +8,7 @@ process, where Megatron is imported already: a fork does what the command would 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import re
@@ -147,6 +148,8 @@ def _print_to(printed: Path) -> None:
         os.dup2(output, descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    # pytest's handlers are in the place of the one that logging would make by itself.
+    logging.basicConfig(level=logging.INFO, force=True)
 
 
 def _train(arguments: list[str], printed: Path, folder: Path) -> None:

@@ -124,8 +124,11 @@ def _in_shell(message: str) -> bool:
 
 
 def _megatrons_texts(file: str) -> list[str]:
-    spec = importlib.util.find_spec("megatron")
-    assert spec is not None and spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]).parent / file
-    found = (template(node) for node in ast.walk(ast.parse(path.read_text())))
-    return [one_line(text) for text in found if text]
+    """Return the texts of a file of Megatron, found without importing it."""
+    namespace = importlib.util.find_spec("megatron")
+    assert namespace is not None and namespace.submodule_search_locations is not None
+    # pytest's path has a folder of that name too: tests/megatron.
+    places = (Path(place).parent / file for place in namespace.submodule_search_locations)
+    path = next(place for place in places if place.is_file())
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [one_line(text) for text in map(template, nodes) if text]
