@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -154,6 +155,8 @@ def _redirect_cuda_module() -> None:
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
     cuda.get_device_capability = lambda *_: (0, 0)
+    # Of older ones Megatron demands CUDA_DEVICE_MAX_CONNECTIONS=1 with tensor parallelism.
+    cuda.get_device_properties = lambda *_: SimpleNamespace(name="cpu", major=10, minor=0)
     cuda.get_device_name = lambda *_: "cpu"
     cuda.Stream = cuda.Event = _InertStream
     cuda.current_stream = cuda.default_stream = lambda *_: stream

@@ -149,3 +149,22 @@ def encoded(
         per_element = scale.view(torch.int16).repeat_interleave(32)[: flat.numel()]
         found[f"{kind}_scale.{name}"] = per_element.view(tensor.shape)
     return found
+
+
+def save_remainders(folder: Path, save_as: str, **options: Any) -> None:
+    """Save stock's state with masters as Transformer Engine's precision-aware FusedAdam has them.
+
+    That needs a GPU. Its ``get_unscaled_state`` hands Megatron the int16 remainder of a bf16
+    weight in place of the master (``store_param_remainders``, in force with bf16 since its 2.1).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._get_main_param_and_optimizer_states
+
+    def with_remainder(self: Any, param: Any) -> Any:
+        tensors = original(self, param)
+        _, remainder = split_master(tensors["param"].detach().flatten(), bits=32)
+        return {**tensors, "param": remainder}
+
+    DistributedOptimizer._get_main_param_and_optimizer_states = with_remainder
+    save(folder, save_as, **options)

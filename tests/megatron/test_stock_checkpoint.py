@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adam_checkpoints import BUCKETS, FLATTENED, FULLY, encoded, load, save, save_flattened
+from adam_checkpoints import (
+    BUCKETS,
+    FLATTENED,
+    FULLY,
+    encoded,
+    load,
+    save,
+    save_flattened,
+    save_remainders,
+)
 from mixed_precision import GROUPS_OF_ONE_DTYPE, is_kept_in_fp32
 from ranks import run_ranks
 
@@ -102,6 +112,15 @@ def test_stocks_shifted_masters_are_found_and_named(tmp_path: Path) -> None:
     for rank in run_ranks(2, load, tmp_path, **options):
         assert "does not belong to its weights" in rank["error"]
         assert "decoder.layers." in rank["error"] and "--no-load-optim" in rank["error"]
+
+
+@pytest.mark.parametrize("save_as", (FULLY, BUCKETS))
+def test_masters_of_the_precision_aware_optimizer_are_refused(save_as: str, tmp_path: Path) -> None:
+    """docs/migration.md says so: 16-bit remainders must never pass for masters."""
+    run_ranks(1, save_remainders, tmp_path, save_as, layers=1)
+    (rank,) = run_ranks(1, load, tmp_path, layers=1)
+    refused = re.search(r"not belong to its weights: .* weight in (\d+) param", rank["error"])
+    assert refused and int(refused[1]) > 8, rank["error"]
 
 
 def test_other_sharding_types_are_refused_by_name() -> None:
