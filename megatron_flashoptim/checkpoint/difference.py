@@ -6,6 +6,7 @@ each other, as long as they are in model space. Buckets compare with the same bu
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -93,14 +94,14 @@ def compare(
     second: CheckpointFolder,
     progress: Tell = lambda *_: None,
     *,
-    processes: int = 1,
+    executor: Executor | None = None,
 ) -> Comparison:
     """Read two checkpoints and return how they differ.
 
     Args:
         first, second: the checkpoints.
         progress: told what is done, elements done and all elements.
-        processes: how many read side by side; 1 is this one.
+        executor: processes that read side by side, see ``side_by_side.pool``.
 
     Raises:
         ValueError: the state of one is in buckets and that of the other is not, or in other
@@ -111,7 +112,7 @@ def compare(
     others = {(part.name, part.index): part for part in parts(second)}
     found: list[dict[str, Difference]] = [{} for _ in mine]
     tell = partial(progress, "comparing")
-    for number, differences in each_unit(difference, [first, second], mine, processes, tell):
+    for number, differences in each_unit(difference, [first, second], mine, executor, tell):
         for kind, each in differences.items():
             found[number].setdefault(kind, Difference(kind)).add(each)
     comparison = Comparison(first, second)

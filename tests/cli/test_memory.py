@@ -1,4 +1,4 @@
-"""``megatron-flashoptim memory``, through the installed console script."""
+"""``megatron-flashoptim memory`` without a model."""
 
 from __future__ import annotations
 
