@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.optimizer import OptimizerConfig
 
 from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.optim.config import FlashOptimConfig, arguments
+from megatron_flashoptim.optim.rules import RULES
 
 # Key of the state among the byte strings; releases before 0.19 have a file instead.
 KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -34,7 +36,11 @@ _ADAM_OPTIONS: dict[str, Any] = {
 
 
 def of_flash(
-    folder: CheckpointFolder, flash: FlashOptimConfig, described: dict[str, Any]
+    folder: CheckpointFolder,
+    flash: FlashOptimConfig,
+    described: dict[str, Any],
+    *,
+    keeps_moments: bool = True,
 ) -> dict[str, Any]:
     """Return the common state of a flash checkpoint in ``fully_reshardable``.
 
@@ -42,11 +48,17 @@ def of_flash(
         folder: a checkpoint of either optimizer.
         flash: the configuration of the state.
         described: see ``metadata.describe`` and ``metadata.describe_groups``.
+        keeps_moments: else they start at zero, and with them the step number; the hyper-parameters
+            of both update rules are left out, so that the run's own hold.
     """
+    without = set(_ADAM_OPTIONS)
+    if not keeps_moments:
+        saved = metadata.optimizer_of(folder.flash)
+        without |= _hyper_parameters(saved) | _hyper_parameters(flash.optimizer)
     groups = [
         {
-            **{name: value for name, value in group.items() if name not in _ADAM_OPTIONS},
-            "step": int(group.get("step") or 0),
+            **{name: value for name, value in group.items() if name not in without},
+            "step": int(group.get("step") or 0) if keeps_moments else 0,
         }
         for group in _groups(folder)
     ]
@@ -80,6 +92,14 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
     ]
     optimizer = states[0] if len(states) == 1 else dict(enumerate(states))
     return _common(folder, None, optimizer, {})
+
+
+def _hyper_parameters(optimizer: str) -> set[str]:
+    """Return the names of what an update rule keeps in param groups."""
+    if optimizer not in RULES:
+        return set()
+    flash = FlashOptimConfig(optimizer=optimizer)
+    return set(flash.rule.options(OptimizerConfig(), flash))
 
 
 def as_bytes(common: dict[str, Any]) -> bytes:

@@ -178,7 +178,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """
         content = kwargs.get("metadata")
         if is_loading and metadata.KEY not in (content or {}):
-            metadata.check_stock_sharding_type(content)
+            for member in self.chained_optimizers:
+                metadata.check_stock(content, member.flash)
             return self._stock_state_dict(content or {}, model_sharded_state_dict)
         metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
