@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS, ROUNDINGS
-from megatron_flashoptim.kernels.adamw import LARGE, LARGE_NUMEL, SMALL, Geometry
+from megatron_flashoptim.kernels.step import LARGE, LARGE_NUMEL, SMALL, Geometry
 from megatron_flashoptim.optim import BucketShard
-from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
+from megatron_flashoptim.optim.step import launch_step_kernel_, reference_step_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Distinct sets of tensors that small sizes rotate among, so that the L2 cache holds none of them.
@@ -86,11 +86,12 @@ def make_shard(
 
 def make_table(step: int, device: str = "cuda") -> HyperTable:
     """Return the hyper-parameters of two param groups at a step, with clipping at work."""
+    rule = rule_of("flash_adamw")
     table = HyperTable(2, device)
     table.fill(
         [
-            AdamHyper(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=step),
-            AdamHyper(lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8, step=step),
+            HyperRow.of(rule, {**rule.defaults, "lr": 1e-3, "weight_decay": decay, "step": step})
+            for decay in (0.1, 0.0)
         ],
         seed=1,
     )
@@ -119,8 +120,8 @@ def gate(geometry: Geometry | None) -> int:
                 "exp_avg_sq_rounding": rounding,
                 "master_rounding": master_rounding,
             }
-            reference_adamw_step_(reference, make_table(step, "cpu"), **options)
-            launch_adamw_kernel_(on_gpu, make_table(step), **options, geometry=geometry)
+            reference_step_(reference, make_table(step, "cpu"), **options)
+            launch_step_kernel_(on_gpu, make_table(step), **options, geometry=geometry)
             named = [("param", reference.param, on_gpu.param)]
             named += [
                 (name, tensor, dict(on_gpu.state())[name]) for name, tensor in reference.state()
@@ -219,7 +220,7 @@ class Bench:
         shards = [make_shard(numel, grad, bits, params) for _ in range(sets)]
 
         def launch(shard: BucketShard) -> Callable[[], None]:
-            return lambda: launch_adamw_kernel_(shard, table, **options)
+            return lambda: launch_step_kernel_(shard, table, **options)
 
         launches = [launch(shard) for shard in shards]
         self._add(what, numel, launches, per_element, grad, bits, rounding, params)

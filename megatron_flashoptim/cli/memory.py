@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import MASTER_BITS
 from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.rules import rule_of
 
 if TYPE_CHECKING:
     from megatron_flashoptim.megatron.planner import RunSize, StageSize
@@ -43,7 +44,7 @@ def footprints(grad_bytes: int) -> list[Footprint]:
     # Stock: fp32 master and moments; it saves the bf16 weight and 12 bytes of state.
     rows = [Footprint("adam (fp32 master and moments)", grad_bytes, 12.0, 14.0)]
     for bits in sorted(MASTER_BITS, reverse=True):
-        state = flash_state_bytes(bits)
+        state = flash_state_bytes(rule_of("flash_adamw"), bits)
         rows.append(Footprint(f"flash_adamw, {bits}-bit masters", grad_bytes, state, 2 + state))
     return rows
 
@@ -94,7 +95,7 @@ def variants() -> list[Variant]:
     for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
         rows.append(Variant(f"precision-aware, {dtype} moments", False, (2 + moments, 2 + moments)))
     for bits in sorted(MASTER_BITS, reverse=True):
-        state = flash_state_bytes(bits) + TABLE_BYTES
+        state = flash_state_bytes(rule_of("flash_adamw"), bits) + TABLE_BYTES
         rows.append(Variant(f"flash_adamw, {bits}-bit masters", True, (state, state)))
     return rows
 
@@ -105,7 +106,9 @@ def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> tuple[float
     owned = stage.flash_shard if variant.flash else stage.owned
     state = variant.state[0 if size.grad_bytes == 4 else 1]
     if size.weight_bytes == 4:  # fp32 weights are the master, and have fp32 gradients
-        state = flash_state_bytes(16) + TABLE_BYTES if variant.flash else 8.0
+        state = (
+            flash_state_bytes(rule_of("flash_adamw"), 16) + TABLE_BYTES if variant.flash else 8.0
+        )
     return float(buffer * size.weight_bytes), float(buffer * size.grad_bytes), owned * state
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.megatron.support import early_gather_refusal, first_refusal
-from megatron_flashoptim.optim.config import OPTIMIZER_NAMES, ROUNDING_POLICIES, FlashOptimConfig
+from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig
+from megatron_flashoptim.optim.rules import RULES
 
 # Namespace attribute that holds the flash optimizer's name, or None.
 FIELD = "flash_optimizer"
 
-# Megatron's name for each rule, for its own config and its arguments.
-_MEGATRON_OPTIMIZER = {"flash_adamw": "adam"}
+# Megatron's name for every rule, for its own config and its arguments.
+_MEGATRON_OPTIMIZER = "adam"
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--flash-master-bits": {
@@ -61,7 +62,7 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     action = parser._option_string_actions.get("--optimizer")
     if action is None or action.choices is None:
         raise RuntimeError("Megatron's parser has no --optimizer with choices to extend")
-    action.choices = [*action.choices, *OPTIMIZER_NAMES]
+    action.choices = [*action.choices, *RULES]
     group = parser.add_argument_group(title="flashoptim")
     for flag, options in _FLAGS.items():
         group.add_argument(flag, default=None, **options)
@@ -89,12 +90,12 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
     given = {flag: getattr(namespace, _dest(flag)) for flag in _FLAGS}
     name = namespace.optimizer
     setattr(namespace, FIELD, None)
-    if name not in OPTIMIZER_NAMES:
+    if name not in RULES:
         flags = [flag for flag, value in given.items() if value is not None]
         if flags:
             error(
                 f"{', '.join(flags)} given with --optimizer {name}; these flags belong to "
-                f"--optimizer {', '.join(OPTIMIZER_NAMES)}"
+                f"--optimizer {', '.join(RULES)}"
             )
         return
     refusal = first_refusal(name, namespace)
@@ -116,7 +117,7 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
     for flag in _FLAGS:
         setattr(namespace, _dest(flag), getattr(config, _dest(flag).removeprefix("flash_")))
     setattr(namespace, FIELD, name)
-    namespace.optimizer = _MEGATRON_OPTIMIZER[name]
+    namespace.optimizer = _MEGATRON_OPTIMIZER
 
 
 def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:

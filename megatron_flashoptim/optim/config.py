@@ -6,14 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from megatron_flashoptim.codec import spec
+from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 
-FlashOptimizerName = Literal["flash_adamw"]
 RoundingPolicy = Literal["auto", "nearest", "stochastic"]
 
 # The most that rounding to the nearest bf16 moves a scale, relative to it.
 _HALF_ULP_OF_SCALE = 2.0**-8
 
-OPTIMIZER_NAMES: tuple[str, ...] = get_args(FlashOptimizerName)
 ROUNDING_POLICIES: tuple[str, ...] = get_args(RoundingPolicy)
 
 
@@ -39,7 +38,7 @@ class FlashOptimConfig:
         ValueError: a value is not allowed; the message names the flag and the choices.
     """
 
-    optimizer: FlashOptimizerName = "flash_adamw"
+    optimizer: str = "flash_adamw"
     master_bits: spec.MasterBits = 24
     exp_avg_sq_code: spec.ExpAvgSqCode = "sqrt"
     rounding: RoundingPolicy = "auto"
@@ -48,7 +47,7 @@ class FlashOptimConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        _check_choice("--optimizer", self.optimizer, OPTIMIZER_NAMES)
+        _check_choice("--optimizer", self.optimizer, tuple(RULES))
         _check_choice("--flash-master-bits", self.master_bits, spec.MASTER_BITS)
         _check_choice("--flash-exp-avg-sq-code", self.exp_avg_sq_code, spec.EXP_AVG_SQ_CODES)
         _check_choice("--flash-rounding", self.rounding, ROUNDING_POLICIES)
@@ -58,6 +57,11 @@ class FlashOptimConfig:
                 "--flash-master-bits 16 keeps no correction, so that updates below half a bf16 "
                 "ulp would be lost; add --flash-master-rounding stochastic, or use 24 or 32 bits"
             )
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule."""
+        return rule_of(self.optimizer)
 
     def resolve_rounding(self, beta2: float) -> spec.Rounding:
         """Return the rounding of the second moment for a given beta2.

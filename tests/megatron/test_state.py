@@ -109,13 +109,13 @@ def _count_launches() -> tuple[int, int]:
     from megatron_flashoptim.optim import optimizer as flash_optimizer
 
     calls = []
-    step = flash_optimizer.adamw_step_
+    step = flash_optimizer.step_
 
     def counted(shard: Any, *args: Any, **kwargs: Any) -> None:
         calls.append(shard)
         step(shard, *args, **kwargs)
 
-    flash_optimizer.adamw_step_ = counted
+    flash_optimizer.step_ = counted
     trainer = tiny_gpt.build(tiny_gpt.Setup(overlap=True, bucket_size=30_000))
     trainer.step()
     return len(calls), len(trainer.model[0].buffers[0].buckets)

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
 from megatron_flashoptim.kernels import columns
-from megatron_flashoptim.optim.adamw import reference_adamw_step_
+from megatron_flashoptim.optim.step import reference_step_
 
 # Relative to the master: half a quantum of a 24-bit pattern, which keeps 15 mantissa bits.
 MASTER_BOUND = 2.0**-16
@@ -203,7 +203,7 @@ def _overflow(rank_with_inf: int) -> tuple[Any, bool, list[int]]:
     result = trainer.optimizer.step()
     # Stepping in spite of it changes nothing either.
     for launched in member.optimizer.shards:
-        reference_adamw_step_(
+        reference_step_(
             launched,
             member.optimizer.table,
             exp_avg_sq_rounding="nearest",

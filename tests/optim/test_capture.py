@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from rows import adam_row
 
 from megatron_flashoptim.optim import FlashOptimConfig, FlashOptimizer
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
 
 GROUPS: list[dict[str, Any]] = [
     {"lr": 3e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "step": 0},
@@ -18,9 +19,9 @@ GROUPS: list[dict[str, Any]] = [
 ROWS = (0, 2, 1, 1)
 
 
-def _host_row(group: dict[str, Any], lr: float, step: int) -> AdamHyper:
+def _host_row(group: dict[str, Any], lr: float, step: int) -> HyperRow:
     beta1, beta2 = group["betas"]
-    return AdamHyper(lr, group["weight_decay"], beta1, beta2, group["eps"], step)
+    return adam_row(lr, group["weight_decay"], beta1, beta2, group["eps"], step)
 
 
 def _optimizer(

@@ -1,0 +1,72 @@
+"""Rule: what an optimizer computes on a tile of elements, and what it needs for that.
+
+A rule says nothing about shards, number formats or launches. The frame around it decodes weight and
+moments to fp32 before, and encodes them after; once in plain PyTorch (``optim.step``) and once in
+Triton (``kernels.step``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Moments a rule may keep; names of the state tensors, too.
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
+
+# A hyper-parameter: a number, or an fp64 tensor of one element per row where a step is captured.
+Scalar = Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule.
+
+    Attributes:
+        name: value of ``--optimizer``.
+        formula: one line for people.
+        moments: state it keeps, ``(EXP_AVG,)`` or ``(EXP_AVG, EXP_AVG_SQ)``; the decay rate of the
+            second moment must then be ``betas[1]`` of the param groups.
+        defaults: entries of a param group beside ``lr`` and ``weight_decay``, numbers or tuples of
+            numbers, by name; they go into checkpoints.
+        options: from Megatron's ``OptimizerConfig`` and our ``FlashOptimConfig`` to the same entries.
+            Raises ValueError for values that the rule does not take.
+        columns: from a param group and its step number, from 1 up, to at most 8 numbers of which
+            an fp32 table is made. Computed in fp64, of numbers or of tensors: plain arithmetic.
+        reference: the update in plain PyTorch, the oracle of the Triton functions. Takes the
+            columns and the gradient scale, fp32 ``(groups, 1)``; weight, gradient and first moment
+            relative to its scale, fp32 ``(groups, 32)``; that scale; and where there is a second
+            moment the level of its code, fp32 ``(groups, 32)``, and the root of v per level.
+            Returns the weight, the first moment and where there is one the root of the second, all
+            fp32; roots are in units of ``spec.STEP_UNIT`` and at least that of
+            ``spec.STEP_EXP_AVG_SQ_ZERO``.
+        prepare: Triton function of a tuple of 8 columns and the gradient scale, all scalars; what
+            it returns is computed once for many tiles.
+        update: Triton function of what ``prepare`` returned, and a tile: weight, gradient and first
+            moment relative to its scale ``[GROUPS, 32]``, that scale ``[GROUPS]``, and where there
+            is a second moment its code ``[GROUPS, 32]``, the root of v per level ``[GROUPS]`` and
+            the constexpr FOURTH_ROOT. Returns what ``reference`` returns.
+        decays_apart: whether weight decay may be decoupled from the gradient, L2, or both: a tuple
+            of allowed values of ``OptimizerConfig.decoupled_weight_decay``.
+        own_fields: fields of ``FlashOptimConfig`` that only this rule takes.
+    """
+
+    name: str
+    formula: str
+    moments: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    options: Callable[[Any, Any], dict[str, Any]]
+    columns: Callable[[Mapping[str, Any], Scalar], Sequence[Scalar]]
+    reference: Callable[..., tuple[torch.Tensor, ...]]
+    prepare: Any
+    update: Any
+    decays_apart: tuple[bool, ...] = (True,)
+    own_fields: tuple[str, ...] = ()
+
+    @property
+    def keeps_exp_avg_sq(self) -> bool:
+        """Whether there is a second moment."""
+        return EXP_AVG_SQ in self.moments
