@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.optimizer import OptimizerConfig
 
 from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.optim.config import FlashOptimConfig, arguments
-from megatron_flashoptim.optim.rules import RULES
+from megatron_flashoptim.optim.rules import RULES, rule_of
 
 # Key of the state among the byte strings; releases before 0.19 have a file instead.
 KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -78,8 +77,12 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
     Experts that have param groups of their own are a member of the chain of their own, as in runs
     with expert parallelism.
     """
+    options = dict(_ADAM_OPTIONS)
+    if folder.flash:
+        rule = rule_of(metadata.optimizer_of(folder.flash))
+        options["decoupled_weight_decay"] = True in rule.decays_apart
     groups = [
-        {**_ADAM_OPTIONS, **group, "step": int(group.get("step") or 0)} for group in _groups(folder)
+        {**options, **group, "step": int(group.get("step") or 0)} for group in _groups(folder)
     ]
     members = [
         [group for group in groups if bool(group.get(_EXPERTS)) is experts]
@@ -96,10 +99,7 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
 
 def _hyper_parameters(optimizer: str) -> set[str]:
     """Return the names of what an update rule keeps in param groups."""
-    if optimizer not in RULES:
-        return set()
-    flash = FlashOptimConfig(optimizer=optimizer)
-    return set(flash.rule.options(OptimizerConfig(), flash))
+    return set(rule_of(optimizer).defaults) if optimizer in RULES else set()
 
 
 def as_bytes(common: dict[str, Any]) -> bytes:

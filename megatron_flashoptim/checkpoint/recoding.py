@@ -127,7 +127,9 @@ class Recoding:
         weights = described.get("weights", metadata.BFLOAT16)
         new = metadata.describe(readable, weights)
         # Update rule and code can be changed here, which a run cannot while it loads.
-        free = {name: new[name] for name in ("optimizer", "exp_avg_sq_code") if name in new}
+        free: dict[str, Any] = {
+            name: new[name] for name in ("optimizer", "exp_avg_sq_code") if name in new
+        }
         metadata.check({**described, **free}, readable, weights)
         if self.target == FLASH and metadata.format_of(new) == metadata.format_of(described):
             code = f" and the code {new['exp_avg_sq_code']}" if "exp_avg_sq_code" in new else ""

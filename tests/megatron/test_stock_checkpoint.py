@@ -105,10 +105,10 @@ def test_stocks_shifted_masters_are_found_and_named(tmp_path: Path) -> None:
 
 
 def test_other_sharding_types_are_refused_by_name() -> None:
-    from megatron_flashoptim.checkpoint.metadata import check_stock_sharding_type
+    from megatron_flashoptim.checkpoint.metadata import check_stock
 
     with pytest.raises(ValueError, match="'dp_zero_gather_scatter'; supported: dp_reshardable, "):
-        check_stock_sharding_type({"distrib_optim_sharding_type": "dp_zero_gather_scatter"})
+        check_stock({"distrib_optim_sharding_type": "dp_zero_gather_scatter"}, FlashOptimConfig())
 
 
 def test_without_install_the_error_says_so(tmp_path: Path) -> None:
