@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from megatron_flashoptim.checkpoint import metadata, param_groups
-from megatron_flashoptim.checkpoint.folder import CheckpointFolder
+from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder
 from megatron_flashoptim.optim.config import FlashOptimConfig, arguments
 from megatron_flashoptim.optim.rules import RULES, rule_of
 
@@ -50,7 +50,7 @@ def of_flash(
         keeps_moments: else they start at zero, and with them the step number; the hyper-parameters
             of both update rules are left out, so that the run's own hold.
     """
-    without = set(_ADAM_OPTIONS)
+    without = set() if folder.optimizer == FLASH else set(_ADAM_OPTIONS)
     if not keeps_moments:
         saved = metadata.optimizer_of(folder.flash)
         without |= _hyper_parameters(saved) | _hyper_parameters(flash.optimizer)
@@ -80,7 +80,7 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
     options = dict(_ADAM_OPTIONS)
     if folder.flash:
         rule = rule_of(metadata.optimizer_of(folder.flash))
-        options["decoupled_weight_decay"] = True in rule.decays_apart
+        options["decoupled_weight_decay"] = rule.decoupled_adam
     groups = [
         {**options, **group, "step": int(group.get("step") or 0)} for group in _groups(folder)
     ]

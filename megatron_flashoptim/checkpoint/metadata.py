@@ -40,7 +40,7 @@ _OF_MOMENT = {"exp_avg_sq_code": EXP_AVG_SQ}
 
 def holds_adam_state(optimizer: str) -> bool:
     """Return whether an update rule of this name keeps what Megatron's Adam does."""
-    return optimizer in RULES and rule_of(optimizer).holds_adam_state
+    return optimizer in RULES and rule_of(optimizer).decoupled_adam is not None
 
 
 def hold_same_state(saved: str, wanted: str) -> bool:
@@ -189,7 +189,7 @@ def check_stock(content: dict[str, Any] | None, flash: FlashOptimConfig) -> None
     Raises:
         ValueError: names the optimizer, or the type and the supported ones.
     """
-    if not flash.rule.holds_adam_state:
+    if not holds_adam_state(flash.optimizer):
         raise ValueError(
             f"the checkpoint was saved with Megatron's Adam, this run has {flash.optimizer}; the "
             f"moments of one are not those of the other. {_from_zero(flash)}"

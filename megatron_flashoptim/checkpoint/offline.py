@@ -26,7 +26,7 @@ from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox
 from megatron_flashoptim.optim.config import FlashOptimConfig
-from megatron_flashoptim.optim.rules import RULES
+from megatron_flashoptim.optim.rules import RULES, rule_of
 
 # Elements of a part: what an interruption loses, and what torch's writer holds until it is on disk.
 _PART = 1 << 25
@@ -341,8 +341,8 @@ def _optimizer_of(folder: CheckpointFolder) -> str:
         ValueError: it is of a rule that is not known here.
     """
     if folder.optimizer != FLASH:
-        args = folder.common.get("args")
-        return "flash_adamw" if getattr(args, "decoupled_weight_decay", True) else "flash_adam"
+        decoupled = getattr(folder.common.get("args"), "decoupled_weight_decay", True)
+        return next(name for name in RULES if rule_of(name).decoupled_adam is decoupled)
     name = metadata.optimizer_of(folder.flash)
     if name not in RULES:
         raise ValueError(

@@ -109,5 +109,5 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
-    holds_adam_state=True,
+    decoupled_adam=True,
 )

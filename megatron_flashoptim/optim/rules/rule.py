@@ -51,8 +51,9 @@ class Rule:
             the constexpr FOURTH_ROOT. Returns what ``reference`` returns.
         decays_apart: whether weight decay may be decoupled from the gradient, L2, or both: a tuple
             of allowed values of ``OptimizerConfig.decoupled_weight_decay``.
-        holds_adam_state: the moments are Adam's, averages of the gradient and its square, so that
-            checkpoints of Megatron's Adam and of other such rules are taken over.
+        decoupled_adam: the ``OptimizerConfig.decoupled_weight_decay`` with which Megatron's own
+            Adam takes these steps, None if it cannot. Rules that have one keep the same moments and
+            take over each other's checkpoints and those of Megatron's Adam.
         own_fields: fields of ``FlashOptimConfig`` that only this rule takes.
     """
 
@@ -66,7 +67,7 @@ class Rule:
     prepare: Any
     update: Any
     decays_apart: tuple[bool, ...] = (True,)
-    holds_adam_state: bool = False
+    decoupled_adam: bool | None = None
     own_fields: tuple[str, ...] = ()
 
     @property
