@@ -173,18 +173,7 @@ def _step_segment(
     GROUP: tl.constexpr,
 ):
     """Step the groups from ``start`` to ``end``, all of one parameter, tile by tile."""
-    # All there are; what the rule does not use the compiler does not load.
-    values = (
-        tl.load(hyper),
-        tl.load(hyper + 1),
-        tl.load(hyper + 2),
-        tl.load(hyper + 3),
-        tl.load(hyper + 4),
-        tl.load(hyper + 5),
-        tl.load(hyper + 6),
-        tl.load(hyper + 7),
-    )
-    scalars = PREPARE(values, tl.load(grad_scale_ptr))
+    scalars = PREPARE(hyper, grad_scale_ptr)
     if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
         tensor_id = tl.load(tensor_id_ptr)
         group_shift = tl.load(group_shift_ptr)
@@ -216,17 +205,16 @@ def _step_segment(
             weight = codec.bf16_to_fp32(param)
         else:
             weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
-        ratio = codec.decode_exp_avg(exp_avg)
         scale = codec.bf16_to_fp32(exp_avg_scale)
         if HAS_EXP_AVG_SQ:
             # Roots of v come in units of UNIT.
             root_of_level = codec.bf16_to_fp32(exp_avg_sq_scale) * INVERSE_UNIT
             root_of_level *= FOURTH_ROOT_STEP if FOURTH_ROOT else EXP_AVG_SQ_STEP
             weight, m, root = UPDATE(
-                scalars, weight, g, ratio, scale, exp_avg_sq, root_of_level, FOURTH_ROOT
+                scalars, weight, g, exp_avg, scale, exp_avg_sq, root_of_level, FOURTH_ROOT
             )
         else:
-            weight, m = UPDATE(scalars, weight, g, ratio, scale)
+            weight, m = UPDATE(scalars, weight, g, exp_avg, scale)
 
         # Encode and store.
         draw = 0

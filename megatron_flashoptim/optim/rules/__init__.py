@@ -12,6 +12,9 @@ __all__ = ["EXP_AVG", "EXP_AVG_SQ", "RULES", "Rule", "rule_of"]
 # they need Triton, which decides how its functions run when it is imported.
 RULES: dict[str, str] = {
     "flash_adamw": "megatron_flashoptim.optim.rules.adamw",
+    "flash_adam": "megatron_flashoptim.optim.rules.adam",
+    "flash_lion": "megatron_flashoptim.optim.rules.lion",
+    "flash_sgd": "megatron_flashoptim.optim.rules.sgd",
 }
 
 

@@ -19,6 +19,16 @@ from megatron_flashoptim.kernels import codec
 from megatron_flashoptim.kernels.arithmetic import fma, reciprocal, square_root
 from megatron_flashoptim.optim.rules.rule import EXP_AVG, EXP_AVG_SQ, Rule, Scalar
 
+# In the order in which ``columns`` returns them.
+STEP_SIZE = tl.constexpr(0)
+DECAY = tl.constexpr(1)
+BETA1 = tl.constexpr(2)
+REST1 = tl.constexpr(3)
+ROOT_BETA2 = tl.constexpr(4)
+ROOT_REST2 = tl.constexpr(5)
+EPS = tl.constexpr(6)
+PER_ROOT = tl.constexpr(7)
+
 UNIT = tl.constexpr(spec.STEP_UNIT)
 INVERSE_UNIT = tl.constexpr(1 / spec.STEP_UNIT)
 ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO)
@@ -72,27 +82,28 @@ def reference(
 
 
 @triton.jit
-def prepare(hyper, grad_scale):
-    """Twin of what ``reference`` computes per group of equal hyper-parameters."""
-    step_size, decay, beta1, rest1, root_beta2, root_rest2, eps, per_root = hyper
-    return (
-        beta1,
-        grad_scale * rest1,
-        root_beta2,
-        grad_scale * (root_rest2 * INVERSE_UNIT),
-        per_root * UNIT,
-        eps,
-        step_size,
-        decay,
-    )
+def prepare(hyper, grad_scale_ptr):
+    """Load the scalars; those that meet for every element meet here."""
+    grad_scale = tl.load(grad_scale_ptr)
+    beta1 = tl.load(hyper + BETA1)
+    m_grad_scale = grad_scale * tl.load(hyper + REST1)
+    root_beta2 = tl.load(hyper + ROOT_BETA2)
+    root_grad_scale = grad_scale * (tl.load(hyper + ROOT_REST2) * INVERSE_UNIT)
+    per_root = tl.load(hyper + PER_ROOT) * UNIT
+    eps = tl.load(hyper + EPS)
+    step_size = tl.load(hyper + STEP_SIZE)
+    decay = tl.load(hyper + DECAY)
+    return beta1, m_grad_scale, root_beta2, root_grad_scale, per_root, eps, step_size, decay
 
 
 @triton.jit
-def update(scalars, weight, g, ratio, scale, exp_avg_sq, root_of_level, FOURTH_ROOT: tl.constexpr):
+def update(
+    scalars, weight, g, exp_avg, scale, exp_avg_sq, root_of_level, FOURTH_ROOT: tl.constexpr
+):
     """Twin of ``reference`` on a tile."""
     beta1, m_grad_scale, root_beta2, root_grad_scale, per_root, eps, step_size, decay = scalars
     root = codec.decode_root(exp_avg_sq, root_of_level * root_beta2, FOURTH_ROOT=FOURTH_ROOT)
-    m = fma((scale * beta1)[:, None], ratio, g * m_grad_scale)
+    m = fma((scale * beta1)[:, None], codec.decode_exp_avg(exp_avg), g * m_grad_scale)
     g = g * root_grad_scale
     root = square_root(fma(root, root, fma(g, g, ZERO)))
     inverse = reciprocal(fma(root, per_root, eps))

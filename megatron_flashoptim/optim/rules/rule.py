@@ -32,8 +32,8 @@ class Rule:
             second moment must then be ``betas[1]`` of the param groups.
         defaults: entries of a param group beside ``lr`` and ``weight_decay``, numbers or tuples of
             numbers, by name; they go into checkpoints.
-        options: from Megatron's ``OptimizerConfig`` and our ``FlashOptimConfig`` to the same entries.
-            Raises ValueError for values that the rule does not take.
+        options: from Megatron's ``OptimizerConfig`` and our ``FlashOptimConfig`` to the same
+            entries. Raises ValueError for values that the rule does not take.
         columns: from a param group and its step number, from 1 up, to at most 8 numbers of which
             an fp32 table is made. Computed in fp64, of numbers or of tensors: plain arithmetic.
         reference: the update in plain PyTorch, the oracle of the Triton functions. Takes the
@@ -43,12 +43,12 @@ class Rule:
             Returns the weight, the first moment and where there is one the root of the second, all
             fp32; roots are in units of ``spec.STEP_UNIT`` and at least that of
             ``spec.STEP_EXP_AVG_SQ_ZERO``.
-        prepare: Triton function of a tuple of 8 columns and the gradient scale, all scalars; what
-            it returns is computed once for many tiles.
-        update: Triton function of what ``prepare`` returned, and a tile: weight, gradient and first
-            moment relative to its scale ``[GROUPS, 32]``, that scale ``[GROUPS]``, and where there
-            is a second moment its code ``[GROUPS, 32]``, the root of v per level ``[GROUPS]`` and
-            the constexpr FOURTH_ROOT. Returns what ``reference`` returns.
+        prepare: Triton function that loads what ``update`` needs before it meets a tile. Takes
+            pointers to the columns of a row and to its gradient scale; returns a tuple of scalars.
+        update: Triton function of that tuple and a tile: weight and gradient, fp32, and code of the
+            first moment ``[GROUPS, 32]``, its scale, fp32 ``[GROUPS]``, and where there is a second
+            moment its code ``[GROUPS, 32]``, the root of v per level ``[GROUPS]`` and the constexpr
+            FOURTH_ROOT. Returns what ``reference`` returns, with the same bits.
         decays_apart: whether weight decay may be decoupled from the gradient, L2, or both: a tuple
             of allowed values of ``OptimizerConfig.decoupled_weight_decay``.
         decoupled_adam: the ``OptimizerConfig.decoupled_weight_decay`` with which Megatron's own
