@@ -106,5 +106,6 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
+    decoupled_adam=False,
     decays_apart=(True, False),  # Megatron's default is True, and this is L2 by name
 )
