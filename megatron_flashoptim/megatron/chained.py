@@ -344,13 +344,15 @@ class FlashChainedOptimizer(ChainedOptimizer):
         if not owned:
             return "no trainable parameters on this rank"
         flash = members[0].flash
-        beta2 = max(group["betas"][1] for m in members for group in m.optimizer.param_groups)
+        second = ""
+        if flash.rule.keeps_exp_avg_sq:
+            beta2 = max(group["betas"][1] for m in members for group in m.optimizer.param_groups)
+            second = f", second moment rounded {flash.resolve_rounding(beta2)}"
         launches = sum(bool(shard.segments) for m in members for shard in m.optimizer.shards)
         counted = "1 launch" if launches == 1 else f"{launches} launches"
         return (
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "
-            f"parameter, {self._describe_masters(members, owned)}, second moment rounded "
-            f"{flash.resolve_rounding(beta2)}, {counted} per step"
+            f"parameter, {self._describe_masters(members, owned)}{second}, {counted} per step"
         )
 
     @staticmethod
