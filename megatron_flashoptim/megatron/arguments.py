@@ -31,13 +31,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--flash-exp-avg-sq-code": {
         "choices": spec.EXP_AVG_SQ_CODES,
-        "help": "Code of the second moment (flash_adamw, flash_adam): sqrt is the paper's, fourth_root "
-        "keeps small elements more exactly. Default sqrt.",
+        "help": "Code of the second moment (flash_adamw, flash_adam): sqrt is the paper's, "
+        "fourth_root keeps small elements more exactly. Default sqrt.",
     },
     "--flash-rounding": {
         "choices": ROUNDING_POLICIES,
-        "help": "Rounding of the second moment (flash_adamw, flash_adam); auto takes stochastic where "
-        "nearest would stall at --adam-beta2. Default auto.",
+        "help": "Rounding of the second moment (flash_adamw, flash_adam); auto takes stochastic "
+        "where nearest would stall at --adam-beta2. Default auto.",
     },
     "--flash-master-rounding": {
         "choices": spec.ROUNDINGS,
