@@ -144,8 +144,9 @@ def test_no_gradient_is_copied_out_of_the_buffer() -> None:
 
 
 def test_memory_planner_agrees_with_the_live_state_within_1_percent() -> None:
-    from megatron_flashoptim.cli.memory import flash_state_bytes
+    from megatron_flashoptim.optim.footprint import flash_state_bytes
+    from megatron_flashoptim.optim.rules import rule_of
 
     ranks = run_ranks(2, _train_and_weigh)
     live = sum(rank["counted"] for rank in ranks) / sum(rank["owned"] for rank in ranks)
-    assert live == pytest.approx(flash_state_bytes(24), rel=0.01)
+    assert live == pytest.approx(flash_state_bytes(rule_of("flash_adamw"), 24), rel=0.01)

@@ -106,4 +106,5 @@ RULE = Rule(
     prepare=prepare,
     update=update,
     takes_l2=True,
+    decoupled_adam=False,
 )

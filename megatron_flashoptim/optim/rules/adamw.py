@@ -119,4 +119,5 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
+    decoupled_adam=True,
 )

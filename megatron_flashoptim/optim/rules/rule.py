@@ -51,6 +51,9 @@ class Rule:
         takes_l2: whether ``OptimizerConfig.decoupled_weight_decay`` may be False.
         scale_free: whether a step stays the same when all gradients are multiplied, as Megatron's
             learning rates for muP assume.
+        decoupled_adam: the ``OptimizerConfig.decoupled_weight_decay`` with which Megatron's own
+            Adam takes these steps, None if it cannot. Rules that have one keep the same moments and
+            take over each other's checkpoints and those of Megatron's Adam.
         own_fields: fields of ``FlashOptimConfig`` that only this rule takes.
     """
 
@@ -64,6 +67,7 @@ class Rule:
     update: Any
     takes_l2: bool = False
     scale_free: bool = True
+    decoupled_adam: bool | None = None
     own_fields: tuple[str, ...] = ()
 
     @property
