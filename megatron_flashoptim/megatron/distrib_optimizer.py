@@ -36,13 +36,13 @@ from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
 @versions.also_under_older_names
 class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
-    """Data-parallel sharded AdamW that keeps 3.125 bytes of state per owned parameter.
+    """Data-parallel sharded AdamW, or another rule, of 3.125 bytes of state per owned parameter.
 
     Takes the arguments of Megatron's ``DistributedOptimizer``; ``optimizer`` is used for its
     param groups only and replaced.
 
     Args:
-        flash: formats and rounding; the defaults of ``FlashOptimConfig`` if None.
+        flash: update rule, formats and rounding; the defaults of ``FlashOptimConfig`` if None.
 
     Attributes:
         flash: the configuration in force.

@@ -98,7 +98,6 @@ def update(
 
 RULE = Rule(
     name="flash_adam",
-    formula="Adam: weight decay in the gradient (L2)",
     moments=(EXP_AVG, EXP_AVG_SQ),
     defaults=adamw.RULE.defaults,
     options=adamw.options,
@@ -106,6 +105,6 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
+    takes_l2=True,
     decoupled_adam=False,
-    decays_apart=(True, False),  # Megatron's default is True, and this is L2 by name
 )

@@ -112,7 +112,6 @@ def update(
 
 RULE = Rule(
     name="flash_adamw",
-    formula="AdamW: weight decay apart from the gradient",
     moments=(EXP_AVG, EXP_AVG_SQ),
     defaults={"betas": (0.9, 0.999), "eps": 1e-8},
     options=options,

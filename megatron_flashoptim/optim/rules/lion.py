@@ -84,7 +84,6 @@ def update(scalars, weight, g, exp_avg, scale):
 
 RULE = Rule(
     name="flash_lion",
-    formula="Lion: sign of the mean gradient, weight decay apart from it",
     moments=(EXP_AVG,),
     defaults={"betas": (0.95, 0.98)},
     options=options,

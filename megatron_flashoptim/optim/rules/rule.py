@@ -27,7 +27,6 @@ class Rule:
 
     Attributes:
         name: value of ``--optimizer``.
-        formula: one line for people.
         moments: state it keeps, ``(EXP_AVG,)`` or ``(EXP_AVG, EXP_AVG_SQ)``; the decay rate of the
             second moment must then be ``betas[1]`` of the param groups.
         defaults: entries of a param group beside ``lr`` and ``weight_decay``, numbers or tuples of
@@ -49,8 +48,9 @@ class Rule:
             first moment ``[GROUPS, 32]``, its scale, fp32 ``[GROUPS]``, and where there is a second
             moment its code ``[GROUPS, 32]``, the root of v per level ``[GROUPS]`` and the constexpr
             FOURTH_ROOT. Returns what ``reference`` returns, with the same bits.
-        decays_apart: whether weight decay may be decoupled from the gradient, L2, or both: a tuple
-            of allowed values of ``OptimizerConfig.decoupled_weight_decay``.
+        takes_l2: whether ``OptimizerConfig.decoupled_weight_decay`` may be False.
+        scale_free: whether a step stays the same when all gradients are multiplied, as Megatron's
+            learning rates for muP assume.
         decoupled_adam: the ``OptimizerConfig.decoupled_weight_decay`` with which Megatron's own
             Adam takes these steps, None if it cannot. Rules that have one keep the same moments and
             take over each other's checkpoints and those of Megatron's Adam.
@@ -58,7 +58,6 @@ class Rule:
     """
 
     name: str
-    formula: str
     moments: tuple[str, ...]
     defaults: Mapping[str, Any]
     options: Callable[[Any, Any], dict[str, Any]]
@@ -66,7 +65,8 @@ class Rule:
     reference: Callable[..., tuple[torch.Tensor, ...]]
     prepare: Any
     update: Any
-    decays_apart: tuple[bool, ...] = (True,)
+    takes_l2: bool = False
+    scale_free: bool = True
     decoupled_adam: bool | None = None
     own_fields: tuple[str, ...] = ()
 

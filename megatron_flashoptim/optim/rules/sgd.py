@@ -1,8 +1,8 @@
 """SGD with momentum, as ``torch.optim.SGD`` with dampening 0; weight decay decoupled or L2.
 
 ``g += wd w`` (L2 only); ``m = mu m + g``; ``d = g + mu m`` (Nesterov) or ``d = m``;
-``w -= lr (d + wd w)`` (decoupled) or ``w -= lr d``. torch sets ``m = g`` in the first step, which is
-the same from ``m = 0``.
+``w -= lr (d + wd w)`` (decoupled) or ``w -= lr d``. torch sets ``m = g`` in the first step,
+which is the same from ``m = 0``.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -103,7 +103,6 @@ def update(scalars, weight, g, exp_avg, scale):
 
 RULE = Rule(
     name="flash_sgd",
-    formula="SGD with momentum or Nesterov's, weight decay decoupled or L2",
     moments=(EXP_AVG,),
     defaults={"momentum": 0.9, "nesterov": False, "decoupled_weight_decay": True},
     options=options,
@@ -111,6 +110,7 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
-    decays_apart=(True, False),
+    takes_l2=True,
+    scale_free=False,
     own_fields=("sgd_nesterov",),
 )
