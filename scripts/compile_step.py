@@ -4,7 +4,6 @@
     python scripts/compile_step.py
     python scripts/compile_step.py --rule flash_lion --master-bits 24 --save FOLDER
 
-Registers, spilled bytes and machine instructions are those of the geometry a large shard takes.
 With --save, the machine code too, to be compared with that of another commit. Needs no GPU; the
 assembler comes with Triton.
 """
@@ -133,8 +132,12 @@ def main() -> None:
     parser.add_argument("--master-bits", nargs="+", type=int, choices=MASTER_BITS, default=[24])
     parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=list(ROUNDINGS))
     parser.add_argument("--code", nargs="+", choices=EXP_AVG_SQ_CODES, default=["sqrt"])
+    parser.add_argument(
+        "--small", action="store_true", help="the geometry of small shards, not of large ones"
+    )
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the machine code")
     options = parser.parse_args()
+    geometry = step.SMALL if options.small else step.LARGE
     print(
         f"{'rule':14} {'grad':4} {'bits':>4} {'rounding':10} {'code':11} {'regs':>4} "
         f"{'spilled':>7} {'instructions':>12} {'shared':>6}"
@@ -142,7 +145,7 @@ def main() -> None:
     for rule, grad, bits, rounding, code in itertools.product(
         options.rule, options.grad_dtype, options.master_bits, options.rounding, options.code
     ):
-        kernel = compiled(rule, grad, bits, rounding, code, geometry=step.LARGE)
+        kernel = compiled(rule, grad, bits, rounding, code, geometry=geometry)
         registers, spilled, text = resources(kernel.asm["cubin"])
         found = instructions(text)
         print(

@@ -55,6 +55,9 @@ class Rule:
             Adam takes these steps, None if it cannot. Rules that have one keep the same moments and
             take over each other's checkpoints and those of Megatron's Adam.
         own_fields: fields of ``FlashOptimConfig`` that only this rule takes.
+
+    Raises:
+        ValueError: other moments.
     """
 
     name: str
@@ -69,6 +72,13 @@ class Rule:
     scale_free: bool = True
     decoupled_adam: bool | None = None
     own_fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.moments not in ((EXP_AVG,), (EXP_AVG, EXP_AVG_SQ)):
+            raise ValueError(
+                f"{self.name} keeps {self.moments}; a rule keeps {EXP_AVG}, with or without "
+                f"{EXP_AVG_SQ}"
+            )
 
     @property
     def keeps_exp_avg_sq(self) -> bool:
