@@ -22,10 +22,11 @@ PARAMETERS = (
     Parameter(start=11, groups=60, row=2, tensor_id=3),
 )
 GROUPS = 73
+# The last steps as far as the weights are large, so that the last bit of an update shows in them.
 RATES = [
     {"lr": 1e-3, "weight_decay": 0.1},
     {"lr": 3e-2, "weight_decay": 0.0},
-    {"lr": 5e-4, "weight_decay": 0.3},
+    {"lr": 0.9, "weight_decay": 0.3},
 ]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "flash_adam": [
