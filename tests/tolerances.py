@@ -44,7 +44,8 @@ RULE_UPDATE_RELATIVE = 20 * 2.0**-24
 # The first step from zero state, of weights of 0.01 and more: steps are at most as large as the
 # weights, and 32-bit masters keep all but rounding.
 FIRST_STEP_RELATIVE = 2.0**-18
-# Loss of 8-bit state against fp32 state after 400 steps, mean of the last 50, relative.
-TRAINED_LOSS = 0.01
-# Share of signs that Lion with 8-bit momentum has in common with exact Lion.
-LION_AGREEMENT = 0.97
+# Loss of 8-bit state against fp32 state after 400 steps, mean of the last 50, relative: at most
+# 1e-4 seen.
+TRAINED_LOSS = 0.001
+# Share of signs that Lion with 8-bit momentum has in common with exact Lion: 0.987 seen.
+LION_AGREEMENT = 0.98

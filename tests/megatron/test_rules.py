@@ -57,8 +57,6 @@ def _run(name: str) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(seed)
             param.main_grad.copy_(1e-3 * torch.randn(param.shape, generator=generator))
         trainer.optimizer.step()
-        for model in trainer.model:  # what a forward pass would wait for
-            model.start_param_sync(force_sync=True)
     state = _state_of_parameters(trainer)
     (member,) = trainer.optimizer.chained_optimizers
     return {

@@ -388,3 +388,11 @@ def test_an_option_of_another_rule_is_refused() -> None:
     params = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     with pytest.raises(ValueError, match="flash_lion takes betas; got eps"):
         FlashOptimizer(params, FlashOptimConfig(optimizer="flash_lion"), eps=1e-8)
+
+
+def test_a_rule_registered_under_another_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "flash_other", RULES["flash_lion"])
+    with pytest.raises(
+        ValueError, match="registered as flash_other, and its rule's name is flash_"
+    ):
+        rule_of("flash_other")

@@ -22,9 +22,13 @@ def rule_of(name: str) -> Rule:
     """Return the rule of a value of ``--optimizer``.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it has another name where it is defined.
     """
     if name not in RULES:
         raise ValueError(f"--optimizer must be one of {', '.join(RULES)}; got {name!r}")
     rule: Rule = importlib.import_module(RULES[name]).RULE
+    if rule.name != name:
+        raise ValueError(
+            f"{RULES[name]} is registered as {name}, and its rule's name is {rule.name}"
+        )
     return rule
