@@ -133,7 +133,7 @@ ACCEPTED = {
 
 
 def _parse_all() -> dict[str, Any]:
-    import megatron.training.training as training
+    from megatron.training import arguments, training
 
     from megatron_flashoptim.megatron.arguments import config_from_args
 
@@ -144,7 +144,7 @@ def _parse_all() -> dict[str, Any]:
             found[name] = args
             continue
         flash = config_from_args(args)
-        config, _ = training.get_megatron_optimizer_config(args)
+        config, _ = training.get_megatron_optimizer_config(arguments.validate_args(args))
         found[name] = (args.optimizer, flash, flash.rule.options(config, flash))
     shown = io.StringIO()
     with redirect_stdout(shown):
@@ -185,7 +185,8 @@ def _with_overrides() -> list[dict[str, Any]]:
         *args, **kwargs, config_overrides=own
     )
     trainer = tiny_gpt.build(setup)
-    return [dict(group) for group in trainer.optimizer.param_groups]
+    groups = trainer.optimizer.param_groups
+    return [{key: group[key] for key in group if key != "params"} for group in groups]
 
 
 def test_options_that_megatron_overrides_for_a_param_group_reach_the_rule() -> None:
