@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import argparse
 import zlib
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ ACCEPTED = {
 def _parse_all() -> dict[str, Any]:
     from megatron.training import arguments, training
 
-    from megatron_flashoptim.megatron.arguments import config_from_args
+    from megatron_flashoptim.megatron.arguments import add_flash_arguments, config_from_args
 
     found: dict[str, Any] = {flags: _parse(*flags.split()) for flags in REFUSED}
     for name, flags in ACCEPTED.items():
@@ -146,10 +145,10 @@ def _parse_all() -> dict[str, Any]:
         flash = config_from_args(args)
         config, _ = training.get_megatron_optimizer_config(arguments.validate_args(args))
         found[name] = (args.optimizer, flash, flash.rule.options(config, flash))
-    shown = io.StringIO()
-    with redirect_stdout(shown):
-        _parse("--help")
-    found["help"] = " ".join(shown.getvalue().split())
+    # A parser of our own: Megatron 0.19's cannot print its help.
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--optimizer", choices=["adam", "sgd"])
+    found["help"] = " ".join(add_flash_arguments(parser).format_help().split())
     return found
 
 
@@ -180,7 +179,7 @@ def _with_overrides() -> list[dict[str, Any]]:
     flash = FlashOptimConfig(optimizer="flash_lion")
     setup = tiny_gpt.Setup(layers=1, flash=flash, optimizer=CONFIG)
     build = tiny_gpt.get_megatron_optimizer
-    own = {ParamKey(attr="is_embedding_parameter"): {"betas": (0.5, 0.6), "eps": 1.0}}
+    own = {ParamKey(attr="is_embedding_or_output_parameter"): {"betas": (0.5, 0.6), "eps": 1.0}}
     tiny_gpt.get_megatron_optimizer = lambda *args, **kwargs: build(
         *args, **kwargs, config_overrides=own
     )
