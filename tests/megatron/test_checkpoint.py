@@ -169,6 +169,15 @@ def _load_each(folders: list[Path], **options: Any) -> list[str | dict[str, Any]
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_legacy_files_hold_the_moments_of_the_rule(saved: Saved, name: str) -> None:
+    state = torch.load(saved.folder(name, "torch") / "optimizer_0_0_0.pt")
+    (tensors,) = state[0].values()
+    moments = CASES[name][1]["flash"].rule.moments
+    assert tensors.keys() == {"param", *moments, "numel_unpadded"}
+    assert all(tensors[moment].any() for moment in moments)
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_state_of_another_rule_is_taken_over_or_refused(saved: Saved, name: str) -> None:
     """Taken over bit for bit where both have Adam's moments; else refused naming both."""
     others = [other for other in RULES if other != name]
