@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import argparse
 import zlib
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,9 @@ ACCEPTED = {
 
 
 def _parse_all() -> dict[str, Any]:
-    import megatron.training.training as training
+    from megatron.training import arguments, training
 
-    from megatron_flashoptim.megatron.arguments import config_from_args
+    from megatron_flashoptim.megatron.arguments import add_flash_arguments, config_from_args
 
     found: dict[str, Any] = {flags: _parse(*flags.split()) for flags in REFUSED}
     for name, flags in ACCEPTED.items():
@@ -144,12 +143,12 @@ def _parse_all() -> dict[str, Any]:
             found[name] = args
             continue
         flash = config_from_args(args)
-        config, _ = training.get_megatron_optimizer_config(args)
+        config, _ = training.get_megatron_optimizer_config(arguments.validate_args(args))
         found[name] = (args.optimizer, flash, flash.rule.options(config, flash))
-    shown = io.StringIO()
-    with redirect_stdout(shown):
-        _parse("--help")
-    found["help"] = " ".join(shown.getvalue().split())
+    # A parser of our own: Megatron 0.19's cannot print its help.
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--optimizer", choices=["adam", "sgd"])
+    found["help"] = " ".join(add_flash_arguments(parser).format_help().split())
     return found
 
 
@@ -180,12 +179,13 @@ def _with_overrides() -> list[dict[str, Any]]:
     flash = FlashOptimConfig(optimizer="flash_lion")
     setup = tiny_gpt.Setup(layers=1, flash=flash, optimizer=CONFIG)
     build = tiny_gpt.get_megatron_optimizer
-    own = {ParamKey(attr="is_embedding_parameter"): {"betas": (0.5, 0.6), "eps": 1.0}}
+    own = {ParamKey(attr="is_embedding_or_output_parameter"): {"betas": (0.5, 0.6), "eps": 1.0}}
     tiny_gpt.get_megatron_optimizer = lambda *args, **kwargs: build(
         *args, **kwargs, config_overrides=own
     )
     trainer = tiny_gpt.build(setup)
-    return [dict(group) for group in trainer.optimizer.param_groups]
+    groups = trainer.optimizer.param_groups
+    return [{key: group[key] for key in group if key != "params"} for group in groups]
 
 
 def test_options_that_megatron_overrides_for_a_param_group_reach_the_rule() -> None:

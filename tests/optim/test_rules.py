@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -396,3 +398,9 @@ def test_a_rule_registered_under_another_name_is_refused(monkeypatch: pytest.Mon
         ValueError, match="registered as flash_other, and its rule's name is flash_"
     ):
         rule_of("flash_other")
+
+
+def test_a_rule_is_pickled_by_name() -> None:
+    """Shards refer to it, and parameters of the model to shards."""
+    rule = rule_of("flash_sgd")
+    assert pickle.loads(pickle.dumps(rule)) is rule and copy.deepcopy(rule) is rule

@@ -80,6 +80,12 @@ class Rule:
                 f"{EXP_AVG_SQ}"
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: Triton's functions cannot be pickled.
+        from megatron_flashoptim.optim.rules import rule_of
+
+        return rule_of, (self.name,)
+
     @property
     def keeps_exp_avg_sq(self) -> bool:
         """Whether there is a second moment."""
