@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Install the plugin and run the script; exits with code 2 on a wrong command line."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_flashoptim.run",
-        description="Run a Megatron training script with --optimizer flash_adamw known to it.",
+        description="Run a Megatron training script with the flash optimizers known to it.",
         epilog="example: torchrun --nproc-per-node 8 -m megatron_flashoptim.run pretrain_gpt.py "
         "--optimizer flash_adamw --use-distributed-optimizer --bf16 ...",
         allow_abbrev=False,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and weigh checkpoints of a GPT: flash_adamw beside Megatron's own Adam, in one run.
+"""Time and weigh checkpoints of a GPT: flash optimizers beside Megatron's own Adam, in one run.
 
     torchrun --nproc-per-node 2 scripts/bench_checkpoint.py --device cpu
     torchrun --nproc-per-node 8 scripts/bench_checkpoint.py --layers 24 --hidden 2048 --heads 16 \\
@@ -38,9 +38,12 @@ import bench_gpt
 import torch
 from exact_adamw import use_as_megatrons_adam
 
+from megatron_flashoptim import FlashOptimConfig
+from megatron_flashoptim.optim.rules import RULES
+
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("dp_reshardable", "fully_reshardable")
-OPTIMIZERS = ("adam", "flash_adamw")
+OPTIMIZERS = ("adam", *RULES)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Trained:
 
         from megatron_flashoptim import FlashDistributedOptimizer, get_megatron_optimizer
 
-        flash = optimizer == "flash_adamw"
+        flash = optimizer in RULES
         device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else "cpu"
         config, model = bench_gpt.build(options, device, tied=True)
         ddp_config = DistributedDataParallelConfig(
@@ -135,7 +138,8 @@ class Trained:
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=True,
         )
-        self.optimizer = build(optimizer_config, [self.chunk])
+        options_of_flash = {"flash": FlashOptimConfig(optimizer=optimizer)} if flash else {}
+        self.optimizer = build(optimizer_config, [self.chunk], **options_of_flash)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3
         generator = torch.Generator(device).manual_seed(torch.distributed.get_rank())
@@ -310,7 +314,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-warm-up", action="store_true", help="count the first save and load too"
     )
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    measured = ["adam", "flash_adamw"]
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=measured)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
     parser.add_argument(

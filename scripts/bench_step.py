@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time one fused AdamW step of a bucket shard on a GPU, beside its ceiling and other optimizers.
+"""Time one fused step of a bucket shard on a GPU, beside its ceiling and other optimizers.
 
 First a gate: the compiled kernel must agree bit for bit with the plain PyTorch reference, or
 nothing is timed. Then, in one run on the same device: a device-to-device copy (the ceiling), this
@@ -7,6 +7,7 @@ project's step, flashoptim's fused step where the package is importable, and on 
 copy to bf16, torch's fused AdamW and Transformer Engine's FusedAdam where that is importable.
 
     python scripts/bench_step.py --json step.json
+    python scripts/bench_step.py --rule flash_lion flash_sgd --ours-only
     python scripts/bench_step.py --numel 1e6 4e6 40e6 --params 300 --grad-dtype bf16
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python scripts/bench_step.py --gate-only
 
@@ -31,11 +32,12 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE, MASTER_BITS, ROUNDINGS
-from megatron_flashoptim.kernels.adamw import LARGE, LARGE_NUMEL, SMALL, Geometry
+from megatron_flashoptim.kernels.step import LARGE, LARGE_NUMEL, SMALL, Geometry
 from megatron_flashoptim.optim import BucketShard
-from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
+from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
+from megatron_flashoptim.optim.step import launch_step_kernel_, reference_step_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Distinct sets of tensors that small sizes rotate among, so that the L2 cache holds none of them.
@@ -67,7 +69,13 @@ class Row:
 
 
 def make_shard(
-    numel: int, grad_dtype: str, master_bits: int, params: int, *, device: str = "cuda"
+    numel: int,
+    grad_dtype: str,
+    master_bits: int,
+    params: int,
+    *,
+    rule: str = "flash_adamw",
+    device: str = "cuda",
 ) -> BucketShard:
     """Return a shard of ``params`` equal parameters with random weights and gradients."""
     groups = numel // GROUP_SIZE
@@ -81,16 +89,23 @@ def make_shard(
         grad=grad.to(DTYPES[grad_dtype]),
         segments=SegmentTable(segments, groups, device),
         master_bits=master_bits,
+        rule=rule_of(rule),
     )
 
 
-def make_table(step: int, device: str = "cuda") -> HyperTable:
+def step_bytes(shard: BucketShard) -> float:
+    """Return the bytes per element of a step: state and weight read and written, gradient read."""
+    state = sum(tensor.nbytes for _, tensor in shard.state())
+    return (2 * (shard.param.nbytes + state) + shard.grad.nbytes) / shard.param.numel()
+
+
+def make_table(step: int, rule: Rule, device: str = "cuda") -> HyperTable:
     """Return the hyper-parameters of two param groups at a step, with clipping at work."""
     table = HyperTable(2, device)
     table.fill(
         [
-            AdamHyper(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=step),
-            AdamHyper(lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8, step=step),
+            HyperRow.of(rule, {**rule.defaults, "lr": 1e-3, "weight_decay": decay, "step": step})
+            for decay in (0.1, 0.0)
         ],
         seed=1,
     )
@@ -98,17 +113,20 @@ def make_table(step: int, device: str = "cuda") -> HyperTable:
     return table
 
 
-def gate(geometry: Geometry | None) -> int:
+def gate(geometry: Geometry | None, rule: str) -> int:
     """Compare kernel and reference bit for bit; return the number of combinations checked.
 
     Raises:
         SystemExit: names the first tensor that differs.
     """
     geometries = [geometry] if geometry else [LARGE, SMALL]
-    combinations = itertools.product(geometries, DTYPES, MASTER_BITS, ROUNDINGS, ROUNDINGS)
+    of_exp_avg_sq = ROUNDINGS if rule_of(rule).keeps_exp_avg_sq else ROUNDINGS[:1]
+    combinations = itertools.product(geometries, DTYPES, MASTER_BITS, of_exp_avg_sq, ROUNDINGS)
     checked = 0
     for geometry, grad_dtype, bits, rounding, master_rounding in combinations:
-        ours, reference = (make_shard(70016, grad_dtype, bits, 37, device="cpu") for _ in range(2))
+        ours, reference = (
+            make_shard(70016, grad_dtype, bits, 37, rule=rule, device="cpu") for _ in range(2)
+        )
         on_gpu = _to_gpu(ours)
         for step in range(1, 4):
             scale = 10.0 ** torch.randint(-12, 3, (reference.grad.numel() // 64, 1)).float()
@@ -119,8 +137,8 @@ def gate(geometry: Geometry | None) -> int:
                 "exp_avg_sq_rounding": rounding,
                 "master_rounding": master_rounding,
             }
-            reference_adamw_step_(reference, make_table(step, "cpu"), **options)
-            launch_adamw_kernel_(on_gpu, make_table(step), **options, geometry=geometry)
+            reference_step_(reference, make_table(step, reference.rule, "cpu"), **options)
+            launch_step_kernel_(on_gpu, make_table(step, ours.rule), **options, geometry=geometry)
             named = [("param", reference.param, on_gpu.param)]
             named += [
                 (name, tensor, dict(on_gpu.state())[name]) for name, tensor in reference.state()
@@ -131,7 +149,7 @@ def gate(geometry: Geometry | None) -> int:
                     count = int((expected.float() != got.cpu().float()).sum())
                     raise SystemExit(
                         f"kernel and reference differ in {count} of {expected.numel()} elements "
-                        f"of {name}: step {step}, {grad_dtype} gradients, {bits} bits, "
+                        f"of {name}: {rule}, step {step}, {grad_dtype} gradients, {bits} bits, "
                         f"{rounding}/{master_rounding} rounding"
                     )
         checked += 1
@@ -140,7 +158,9 @@ def gate(geometry: Geometry | None) -> int:
 
 def _to_gpu(shard: BucketShard) -> BucketShard:
     segments = SegmentTable(shard.segments.segments, shard.num_groups, "cuda")
-    return BucketShard(shard.param.cuda(), shard.grad.cuda(), segments, shard.master_bits)
+    return BucketShard(
+        shard.param.cuda(), shard.grad.cuda(), segments, shard.master_bits, rule=shard.rule
+    )
 
 
 def time_ms(launches: list[Callable[[], Any]], repeats: int) -> tuple[float, float, float]:
@@ -205,24 +225,27 @@ class Bench:
         bits: int,
         rounding: str,
         params: int,
-        what: str = "flash_adamw",
+        rule: str = "flash_adamw",
+        what: str | None = None,
     ) -> None:
         """Measure this project's step."""
-        per_element = 2 * (2 + bits // 8 - 2 + 2 + 4 / 32) + DTYPES[grad].itemsize
+        first = make_shard(numel, grad, bits, params, rule=rule)
+        per_element = step_bytes(first)
         sets = min(MOST_SETS, max(1, int(CACHE_BYTES // (numel * per_element))))
-        table = make_table(10)
+        table = make_table(10, first.rule)
         options: dict[str, Any] = {
             "exp_avg_sq_rounding": rounding,
             "master_rounding": "stochastic" if bits == 16 else "nearest",
             "geometry": self.geometry,
         }
-        shards = [make_shard(numel, grad, bits, params) for _ in range(sets)]
+        others = (make_shard(numel, grad, bits, params, rule=rule) for _ in range(sets - 1))
+        shards = [first, *others]
 
         def launch(shard: BucketShard) -> Callable[[], None]:
-            return lambda: launch_adamw_kernel_(shard, table, **options)
+            return lambda: launch_step_kernel_(shard, table, **options)
 
         launches = [launch(shard) for shard in shards]
-        self._add(what, numel, launches, per_element, grad, bits, rounding, params)
+        self._add(what or rule, numel, launches, per_element, grad, bits, rounding, params)
 
     def launch(self) -> None:
         """Measure a step of one tile: what a launch costs that has next to nothing to do."""
@@ -371,6 +394,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--numel", type=float, nargs="+", default=[2.0**29], help="elements")
+    parser.add_argument("--rule", choices=RULES, nargs="+", default=["flash_adamw"])
     parser.add_argument("--params", type=int, default=300, help="parameters in the bucket")
     parser.add_argument("--grad-dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--master-bits", type=int, choices=MASTER_BITS, nargs="+", default=[24])
@@ -394,7 +418,7 @@ def main() -> None:
     where = environment()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     geometry = Geometry(*options.geometry) if options.geometry else None
-    checked = 0 if options.skip_gate else gate(geometry)
+    checked = 0 if options.skip_gate else sum(gate(geometry, rule) for rule in options.rule)
     print(f"gate: kernel equals the reference bit for bit in {checked} combinations, 3 steps each")
     if options.gate_only:
         return
@@ -403,10 +427,12 @@ def main() -> None:
     bench.copy()
     bench.launch()
     for numel in sizes(options.numel):
-        for grad, bits, rounding in itertools.product(
-            options.grad_dtype, options.master_bits, options.rounding
+        for rule, grad, bits, rounding in itertools.product(
+            options.rule, options.grad_dtype, options.master_bits, options.rounding
         ):
-            bench.ours(numel, grad, bits, rounding, options.params)
+            # The rounding is of the second moment: without one, the first given is the only one.
+            if rule_of(rule).keeps_exp_avg_sq or rounding == options.rounding[0]:
+                bench.ours(numel, grad, bits, rounding, options.params, rule)
         if not options.ours_only:
             for grad in options.grad_dtype:
                 bench.flashoptim(numel, grad)

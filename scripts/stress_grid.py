@@ -27,11 +27,12 @@ import torch
 
 from megatron_flashoptim.codec import decode_exp_avg_sq
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode, Rounding
-from megatron_flashoptim.optim.adamw import reference_adamw_step_
 from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig, RoundingPolicy
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
+from megatron_flashoptim.optim.rules import rule_of
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
 from megatron_flashoptim.optim.shard import BucketShard
+from megatron_flashoptim.optim.step import reference_step_
 
 BETA1 = 0.9
 # Steps by beta2: ten time constants of v and more where that is quick, four at 0.999.
@@ -275,11 +276,12 @@ class FlashAdamW(Adam):
         self.state = [tensor for _, tensor in self._shard.state()]
 
     def step(self, gradient: torch.Tensor, *, step: int, eps: float) -> torch.Tensor:
-        hyper = AdamHyper(1.0, 0.0, BETA1, self._beta2, eps, step)
+        group = {"lr": 1.0, "weight_decay": 0.0, "betas": (BETA1, self._beta2), "eps": eps}
+        hyper = HyperRow.of(rule_of("flash_adamw"), {**group, "step": step})
         self._table.fill([hyper], seed=self._seed)
         self._shard.param.zero_()
         self._shard.grad.copy_(gradient.flatten())
-        reference_adamw_step_(
+        reference_step_(
             self._shard, self._table, exp_avg_sq_rounding=self._rounding, master_rounding="nearest"
         )
         return -self._shard.param.view(self._shape)
@@ -287,6 +289,7 @@ class FlashAdamW(Adam):
     def root(self) -> torch.Tensor:
         shard = self._shard
         code = shard.exp_avg_sq_code
+        assert shard.exp_avg_sq is not None and shard.exp_avg_sq_scale is not None
         v = decode_exp_avg_sq(shard.exp_avg_sq, shard.exp_avg_sq_scale, code=code)
         return v.double().sqrt().view(self._shape)
 

@@ -7,6 +7,7 @@ test does to Megatron's global state dies with it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -79,6 +80,8 @@ def _rank(
     kwargs: dict[str, Any],
 ) -> None:
     os.setpgid(0, 0)  # a group of its own, see _kill_with_children
+    # Megatron collects garbage at each save and load, which goes through all that was imported.
+    gc.freeze()
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         torch.distributed.init_process_group(

@@ -12,8 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from megatron_flashoptim.checkpoint import metadata, param_groups
-from megatron_flashoptim.checkpoint.folder import CheckpointFolder
+from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder
 from megatron_flashoptim.optim.config import FlashOptimConfig, arguments
+from megatron_flashoptim.optim.rules import RULES, rule_of
 
 # Key of the state among the byte strings; releases before 0.19 have a file instead.
 KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -34,7 +35,11 @@ _ADAM_OPTIONS: dict[str, Any] = {
 
 
 def of_flash(
-    folder: CheckpointFolder, flash: FlashOptimConfig, described: dict[str, Any]
+    folder: CheckpointFolder,
+    flash: FlashOptimConfig,
+    described: dict[str, Any],
+    *,
+    keeps_moments: bool = True,
 ) -> dict[str, Any]:
     """Return the common state of a flash checkpoint in ``fully_reshardable``.
 
@@ -42,11 +47,17 @@ def of_flash(
         folder: a checkpoint of either optimizer.
         flash: the configuration of the state.
         described: see ``metadata.describe`` and ``metadata.describe_groups``.
+        keeps_moments: else they start at zero, and with them the step number; the hyper-parameters
+            of both update rules are left out, so that the run's own hold.
     """
+    without = set() if folder.optimizer == FLASH else set(_ADAM_OPTIONS)
+    if not keeps_moments:
+        saved = metadata.optimizer_of(folder.flash)
+        without |= _hyper_parameters(saved) | _hyper_parameters(flash.optimizer)
     groups = [
         {
-            **{name: value for name, value in group.items() if name not in _ADAM_OPTIONS},
-            "step": int(group.get("step") or 0),
+            **{name: value for name, value in group.items() if name not in without},
+            "step": int(group.get("step") or 0) if keeps_moments else 0,
         }
         for group in _groups(folder)
     ]
@@ -66,8 +77,12 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
     Experts that have param groups of their own are a member of the chain of their own, as in runs
     with expert parallelism.
     """
+    options = dict(_ADAM_OPTIONS)
+    if folder.flash:
+        rule = rule_of(metadata.optimizer_of(folder.flash))
+        options["decoupled_weight_decay"] = rule.decoupled_adam
     groups = [
-        {**_ADAM_OPTIONS, **group, "step": int(group.get("step") or 0)} for group in _groups(folder)
+        {**options, **group, "step": int(group.get("step") or 0)} for group in _groups(folder)
     ]
     members = [
         [group for group in groups if bool(group.get(_EXPERTS)) is experts]
@@ -80,6 +95,11 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
     ]
     optimizer = states[0] if len(states) == 1 else dict(enumerate(states))
     return _common(folder, None, optimizer, {})
+
+
+def _hyper_parameters(optimizer: str) -> set[str]:
+    """Return the names of what an update rule keeps in param groups."""
+    return set(rule_of(optimizer).defaults) if optimizer in RULES else set()
 
 
 def as_bytes(common: dict[str, Any]) -> bytes:

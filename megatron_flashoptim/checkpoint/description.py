@@ -11,6 +11,7 @@ import torch
 
 from megatron_flashoptim.checkpoint.folder import FLASH, WEIGHTS, CheckpointFolder
 from megatron_flashoptim.codec.spec import FORMAT_VERSION
+from megatron_flashoptim.optim.shard import EXP_AVG_SQ
 
 WEIGHT_ROW = "weights"
 _STATE_KIND = re.compile(
@@ -89,11 +90,12 @@ def _optimizer(folder: CheckpointFolder) -> str:
     if folder.optimizer != FLASH:
         return "Megatron's Adam, fp32 masters and moments"
     flash = folder.flash
-    return (
-        f"{flash.get('optimizer')}, {flash.get('master_bits')}-bit masters, "
-        f"{flash.get('exp_avg_sq_code', 'sqrt')} code, groups of {flash.get('group_size')}, "
-        f"{flash.get('weights')} weights, rounding seed {flash.get('seed')}"
-    )
+    told = [str(flash.get("optimizer")), f"{flash.get('master_bits')}-bit masters"]
+    if any(row.kind == EXP_AVG_SQ for row in bytes_by_kind(folder)):
+        told.append(f"{flash.get('exp_avg_sq_code', 'sqrt')} code")
+    told.append(f"groups of {flash.get('group_size')}")
+    told += [f"{flash.get('weights')} weights", f"rounding seed {flash.get('seed')}"]
+    return ", ".join(told)
 
 
 def _versions(folder: CheckpointFolder) -> str:
@@ -116,12 +118,15 @@ def _schedule(common: dict[str, Any]) -> str:
         steps = sorted({int(group["step"]) for group in groups if "step" in group})
         rates = sorted({float(group["lr"]) for group in groups if "lr" in group})
         betas = sorted({tuple(group["betas"]) for group in groups if "betas" in group})
+        momenta = sorted({float(group["momentum"]) for group in groups if "momentum" in group})
         if steps:
             told.append("step " + ", ".join(map(str, steps)))
         if rates:
             told.append("learning rate " + ", ".join(f"{rate:g}" for rate in rates))
         if betas:
             told.append("betas " + ", ".join(f"{one:g} {two:g}" for one, two in betas))
+        if momenta:
+            told.append("momentum " + ", ".join(f"{momentum:g}" for momentum in momenta))
     return ", ".join(told)
 
 

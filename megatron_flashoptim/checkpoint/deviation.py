@@ -98,15 +98,16 @@ class Report:
     def text(self) -> str:
         """Return one line: what was converted, with its errors."""
 
-        def of(kind: str) -> str:
-            deviation = self.deviations[kind]
-            return f"largest {deviation.largest:.2e}, mean {deviation.mean:.2e}"
-
+        errors = [
+            f"of {'masters' if kind == MASTER else kind} largest {found.largest:.2e}, "
+            f"mean {found.mean:.2e}"
+            for kind, found in self.deviations.items()
+            if found.total  # else there were none, or all are zero
+        ]
         return (
-            f"converted Megatron's Adam state to flash state: {self.elements} elements in "
-            f"{self.parameters} parameter ranges; relative errors of masters {of(MASTER)}, of "
-            f"exp_avg {of(EXP_AVG)}, of exp_avg_sq {of(EXP_AVG_SQ)} (moments: largest is relative "
-            "to the largest of each 32 elements)"
+            f"converted to flash state: {self.elements} elements in {self.parameters} parameter "
+            f"ranges; relative errors {', '.join(errors)} (moments: largest is relative to the "
+            "largest of each 32 elements)"
         )
 
 

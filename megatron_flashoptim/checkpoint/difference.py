@@ -6,6 +6,7 @@ each other, as long as they are in model space. Buckets compare with the same bu
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -67,7 +68,8 @@ class Comparison:
     Attributes:
         first, second: the checkpoints.
         parts: those that both have, with the differences by kind.
-        only: labels of parts, or kinds of a part, that one of them has: ``"LABEL kind"``.
+        only: what one of them has: kinds that no part of the other has (``"exp_avg_sq"``), labels
+            of parts, and kinds of a part (``"LABEL kind"``).
     """
 
     first: CheckpointFolder
@@ -93,28 +95,30 @@ def compare(
     second: CheckpointFolder,
     progress: Tell = lambda *_: None,
     *,
-    processes: int = 1,
+    executor: Executor | None = None,
 ) -> Comparison:
     """Read two checkpoints and return how they differ.
 
     Args:
         first, second: the checkpoints.
         progress: told what is done, elements done and all elements.
-        processes: how many read side by side; 1 is this one.
+        executor: processes that read side by side, see ``side_by_side.pool``.
 
     Raises:
         ValueError: the state of one is in buckets and that of the other is not, or in other
             buckets; or a tensor has another shape in each.
     """
     check_comparable(first, second)
-    mine = parts(first)
-    others = {(part.name, part.index): part for part in parts(second)}
+    mine, theirs = parts(first), parts(second)
+    others = {(part.name, part.index): part for part in theirs}
     found: list[dict[str, Difference]] = [{} for _ in mine]
     tell = partial(progress, "comparing")
-    for number, differences in each_unit(difference, [first, second], mine, processes, tell):
+    for number, differences in each_unit(difference, [first, second], mine, executor, tell):
         for kind, each in differences.items():
             found[number].setdefault(kind, Difference(kind)).add(each)
-    comparison = Comparison(first, second)
+    kinds = [{kind for part in each for kind in part.kinds()} for each in (mine, theirs)]
+    lacking = [[kind for kind in KINDS if kind in kinds[a] - kinds[1 - a]] for a in (0, 1)]
+    comparison = Comparison(first, second, only=(lacking[0].copy(), lacking[1].copy()))
     for part, differences in zip(mine, found, strict=True):
         other = others.pop((part.name, part.index), None)
         if other is None:
@@ -122,7 +126,9 @@ def compare(
             continue
         for one, two, only in ((part, other, 0), (other, part, 1)):
             comparison.only[only].extend(
-                f"{part.label} {kind}" for kind in one.kinds() if kind not in two.kinds()
+                f"{part.label} {kind}"
+                for kind in one.kinds()
+                if kind not in two.kinds() and kind not in lacking[only]
             )
         comparison.parts.append((part, differences))
     comparison.only[1].extend(part.label for part in others.values())

@@ -11,6 +11,7 @@ from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.checkpoint.conversion import can_convert_correction
 from megatron_flashoptim.codec.spec import FORMAT_VERSION, GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.rules import EXP_AVG_SQ, RULES, rule_of
 
 # Key in the checkpoint's content metadata and in the optimizer's state dict.
 KEY = "flashoptim"
@@ -33,8 +34,26 @@ _FORMAT_FIELDS: dict[str, Any] = {
     "master_bits": 24,
     "exp_avg_sq_code": "sqrt",
 }
+# Of these, those that say how a moment is stored; of no meaning to rules without it.
+_OF_MOMENT = {"exp_avg_sq_code": EXP_AVG_SQ}
+
+
+def holds_adam_state(optimizer: str) -> bool:
+    """Return whether an update rule of this name keeps what Megatron's Adam does."""
+    return optimizer in RULES and rule_of(optimizer).decoupled_adam is not None
+
+
+def hold_same_state(saved: str, wanted: str) -> bool:
+    """Return whether two update rules, given by name, keep the same state."""
+    return saved == wanted or (holds_adam_state(saved) and holds_adam_state(wanted))
+
+
 # Fields whose saved value (first) is converted to the run's (second) on load where this is true.
-_CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {"master_bits": can_convert_correction}
+_CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {
+    "optimizer": hold_same_state,
+    "master_bits": can_convert_correction,
+}
+_WEIGHTS_ALONE = "--no-load-optim --no-load-rng, or --finetune"
 
 BUCKETS = "buckets"
 PER_ELEMENT_SCALES = "per_element_scales"
@@ -48,7 +67,7 @@ BFLOAT16, FLOAT32 = "bfloat16", "float32"
 
 
 def describe(flash: FlashOptimConfig, weights: str) -> dict[str, Any]:
-    """Return the plain dict that is stored: version, formats, optimizer, rounding seed.
+    """Return the plain dict that is stored: version, optimizer, formats, rounding seed.
 
     Args:
         flash: the configuration in force.
@@ -60,9 +79,13 @@ def describe(flash: FlashOptimConfig, weights: str) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "group_size": GROUP_SIZE,
         "weights": weights,
-        **{name: getattr(flash, name) for name in _FORMAT_FIELDS},
+        **{name: getattr(flash, name) for name in _FORMAT_FIELDS if _matters(name, flash)},
         "seed": flash.seed,
     }
+
+
+def _matters(name: str, flash: FlashOptimConfig) -> bool:
+    return name not in _OF_MOMENT or _OF_MOMENT[name] in flash.rule.moments
 
 
 def describe_buckets(spaces: Sequence[BucketSpace]) -> dict[str, Any]:
@@ -97,7 +120,7 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -
         raise ValueError(
             "the checkpoint holds no flash optimizer state (it was written by another optimizer). "
             "Megatron's Adam is converted from --ckpt-format torch_dist only. Load the weights "
-            "alone with --no-load-optim --no-load-rng, or --finetune"
+            f"alone with {_WEIGHTS_ALONE}"
         )
     if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
         raise ValueError(f"the checkpoint's {KEY} metadata has no version: {saved!r}")
@@ -107,15 +130,43 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -
             f"to {FORMAT_VERSION}; upgrade megatron-flashoptim"
         )
     wanted = describe(flash, weights)
-    for name in ("group_size", "weights", *_FORMAT_FIELDS):
+    for name in ("group_size", "weights", *(n for n in _FORMAT_FIELDS if n in wanted)):
         theirs = saved.get(name, _FORMAT_FIELDS.get(name))
         converts = _CONVERTIBLE.get(name)
         if theirs == wanted[name] or (converts and converts(theirs, wanted[name])):
             continue
+        otherwise = "use the same value, or --no-load-optim"
+        if name == "optimizer":
+            otherwise = f"the moments of one are not those of the other. {_from_zero(flash)}"
         raise ValueError(
-            f"the checkpoint was saved with {name} {theirs}, this run has {wanted[name]}; use "
-            "the same value, or --no-load-optim"
+            f"the checkpoint was saved with {name} {theirs}, this run has {wanted[name]}; "
+            + otherwise
         )
+
+
+def _from_zero(flash: FlashOptimConfig) -> str:
+    return (
+        f"`megatron-flashoptim convert --to flash --optimizer {flash.optimizer}` keeps the masters "
+        f"and starts the moments at zero; or load the weights alone with {_WEIGHTS_ALONE}"
+    )
+
+
+def optimizer_of(saved: dict[str, Any]) -> str:
+    """Return the name of the update rule whose state is described."""
+    return str(saved.get("optimizer", _FORMAT_FIELDS["optimizer"]))
+
+
+def format_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return of a description what the stored format depends on."""
+    return {name: saved.get(name, old) for name, old in _FORMAT_FIELDS.items()}
+
+
+def taken_over(saved: dict[str, Any], flash: FlashOptimConfig) -> str | None:
+    """Return one line if checked state is of another update rule that keeps the same, else None."""
+    theirs = optimizer_of(saved)
+    if theirs == flash.optimizer:
+        return None
+    return f"took over the state of {theirs}, which is that of {flash.optimizer}"
 
 
 def check_sharding_type(content: dict[str, Any] | None) -> None:
@@ -132,19 +183,23 @@ def check_sharding_type(content: dict[str, Any] | None) -> None:
         )
 
 
-def check_stock_sharding_type(content: dict[str, Any] | None) -> None:
-    """Refuse a sharding type that Megatron's Adam is not converted from.
+def check_stock(content: dict[str, Any] | None, flash: FlashOptimConfig) -> None:
+    """Refuse to convert Megatron's Adam to other state, or from a sharding type that is not read.
 
     Raises:
-        ValueError: names the type and the supported ones.
+        ValueError: names the optimizer, or the type and the supported ones.
     """
+    if not holds_adam_state(flash.optimizer):
+        raise ValueError(
+            f"the checkpoint was saved with Megatron's Adam, this run has {flash.optimizer}; the "
+            f"moments of one are not those of the other. {_from_zero(flash)}"
+        )
     sharding_type = (content or {}).get(SHARDING_TYPE)
     if sharding_type not in STOCK_SHARDING_TYPES:
         raise ValueError(
             f"the checkpoint has no flash optimizer state, and Megatron's Adam is not converted "
             f"from the sharding type {sharding_type!r}; supported: "
-            f"{', '.join(STOCK_SHARDING_TYPES)}. Load the weights alone with --no-load-optim "
-            "--no-load-rng, or --finetune"
+            f"{', '.join(STOCK_SHARDING_TYPES)}. Load the weights alone with {_WEIGHTS_ALONE}"
         )
 
 

@@ -128,10 +128,6 @@ class ModelState:
         """Return whether a model tensor has optimizer state; frozen ones do not."""
         return key in self._kinds
 
-    def moments(self, key: str) -> list[str]:
-        """Return the names of the moments of a model tensor."""
-        return [kind for kind in SCALE_OF if kind in self._kinds[key]]
-
     def weight(self, span: Span) -> torch.Tensor:
         """Return model weights, flat, of their own dtype."""
         key = span.chunk.key

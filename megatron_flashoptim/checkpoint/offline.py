@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,13 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, save_in
 from megatron_flashoptim.checkpoint import common_state, metadata, workers, writer
 from megatron_flashoptim.checkpoint.damage import check_files
 from megatron_flashoptim.checkpoint.deviation import Report
-from megatron_flashoptim.checkpoint.folder import (
-    FLASH,
-    open_folder,
-)
+from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder, open_folder
 from megatron_flashoptim.checkpoint.iterations import TRACKER
 from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox
 from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.rules import RULES, rule_of
 
 # Elements of a part: what an interruption loses, and what torch's writer holds until it is on disk.
 _PART = 1 << 25
@@ -50,6 +48,7 @@ class Request:
         target: ``"flash"`` or ``"adam"``.
         iteration: of the source; by default its latest.
         flash: format of the new flash state.
+        optimizer: update rule of the new flash state; by default the source's.
         repair: rebuild masters that are not those of the weights, see ``deviation.belongs``.
         processes: that convert side by side.
     """
@@ -59,6 +58,7 @@ class Request:
     target: str
     iteration: int | None = None
     flash: FlashOptimConfig = field(default_factory=FlashOptimConfig)
+    optimizer: str | None = None
     repair: bool = False
     processes: int = 1
 
@@ -96,7 +96,9 @@ class Conversion:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.folder = open_folder(request.source, request.iteration)
-        self.recoding = Recoding(self.folder, request.target, request.flash)
+        optimizer = request.optimizer or _optimizer_of(self.folder)
+        flash = replace(request.flash, optimizer=optimizer)
+        self.recoding = Recoding(self.folder, request.target, flash)
         self._check_request()
         self.final = request.destination / self.folder.name
         if self.final.exists():
@@ -116,9 +118,10 @@ class Conversion:
         if folder.sharding_type == metadata.DP_RESHARDABLE:
             raise ValueError(
                 f"{folder.path} has the sharding type dp_reshardable, in which only a run of the "
-                "same layout knows which element is whose. --load it with --optimizer flash_adamw, "
-                "which converts it while loading; or have the run that saved it save once with "
-                "--dist-ckpt-optim-fully-reshardable and convert that"
+                "same layout knows which element is whose. --load it with --optimizer "
+                f"{self.recoding.flash.optimizer}, which converts it while loading; or have the "
+                "run that saved it save once with --dist-ckpt-optim-fully-reshardable and convert "
+                "that"
             )
         self.recoding.check(repair=request.repair)
 
@@ -280,7 +283,10 @@ class Conversion:
     def _common(self) -> dict[str, Any]:
         if self.request.target == FLASH:
             return common_state.of_flash(
-                self.folder, self.recoding.flash, self.recoding.described()
+                self.folder,
+                self.recoding.flash,
+                self.recoding.described(),
+                keeps_moments=self.recoding.keeps_moments,
             )
         return common_state.of_adam(self.folder)
 
@@ -326,6 +332,25 @@ class Conversion:
         elif not before.isdigit() or int(before) < number:
             _write_safely(tracker, str(number))
         shutil.rmtree(self._work)
+
+
+def _optimizer_of(folder: CheckpointFolder) -> str:
+    """Return the update rule of a source's state, for Megatron's Adam that which steps alike.
+
+    Raises:
+        ValueError: it is of a rule that is not known here.
+    """
+    if folder.optimizer != FLASH:
+        decoupled = getattr(folder.common.get("args"), "decoupled_weight_decay", True)
+        return next(name for name in RULES if rule_of(name).decoupled_adam is decoupled)
+    name = metadata.optimizer_of(folder.flash)
+    if name not in RULES:
+        raise ValueError(
+            f"{folder.path} is of the optimizer {name}, which this release does not know; it knows "
+            f"{', '.join(RULES)}. --optimizer keeps the masters and starts the moments of one of "
+            "these at zero; --to weights takes the masters alone"
+        )
+    return name
 
 
 def bytes_of(folder: Path) -> int:

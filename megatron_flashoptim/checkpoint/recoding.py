@@ -43,7 +43,7 @@ class Recoding:
     Args:
         folder: the checkpoint.
         target: ``"flash"`` or ``"adam"``.
-        flash: format of new flash state.
+        flash: update rule and format of new flash state.
     """
 
     def __init__(self, folder: CheckpointFolder, target: str, flash: FlashOptimConfig) -> None:
@@ -52,6 +52,21 @@ class Recoding:
         self._folder = folder
         seed = folder.flash.get("seed", getattr(folder.common.get("args"), "seed", flash.seed))
         self.flash = dataclasses.replace(flash, seed=seed)
+
+    @cached_property
+    def keeps_moments(self) -> bool:
+        """Whether the moments are those of the new optimizer too; else they start at zero."""
+        saved = metadata.optimizer_of(self._folder.flash)
+        if self.target == ADAM:
+            return self._folder.optimizer == ADAM or metadata.holds_adam_state(saved)
+        if self._folder.optimizer == ADAM:
+            return metadata.holds_adam_state(self.flash.optimizer)
+        return metadata.hold_same_state(saved, self.flash.optimizer)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the moments of the new state."""
+        return tuple(SCALE_OF) if self.target == ADAM else self.flash.rule.moments
 
     def check(self, *, repair: bool) -> None:
         """Refuse sources of which nothing would be converted, or not all.
@@ -101,22 +116,26 @@ class Recoding:
                 "--repair mends checkpoints of Megatron's Adam; in "
                 f"{self._folder.path}, of flash, the weights are the masters' high parts"
             )
-        saved_bits = described.get("master_bits", 24)
-        saved_code = described.get("exp_avg_sq_code", "sqrt")
-        # The code of the second moment can be changed here, which a run cannot while it loads.
-        bits = self.flash.master_bits if self.target == FLASH else saved_bits
-        readable = dataclasses.replace(
-            self.flash,
-            master_bits=bits,
-            exp_avg_sq_code=saved_code,
-            master_rounding="stochastic",
-        )
-        metadata.check(described, readable, described.get("weights", "bfloat16"))
-        wanted = (self.flash.master_bits, self.flash.exp_avg_sq_code)
-        if self.target == FLASH and wanted == (saved_bits, saved_code):
+        if self.target == ADAM and not self.keeps_moments:
             raise ValueError(
-                f"{self._folder.path} is a flash checkpoint with {wanted[0]}-bit masters and the "
-                f"code {wanted[1]} already"
+                f"{self._folder.path} is of {metadata.optimizer_of(described)}, whose moments are "
+                "not Adam's. --to weights takes the masters alone; --to flash --optimizer "
+                "flash_adamw keeps them and starts Adam's moments at zero, and --to adam takes that"
+            )
+        bits = self.flash.master_bits if self.target == FLASH else described.get("master_bits", 24)
+        readable = dataclasses.replace(self.flash, master_bits=bits, master_rounding="stochastic")
+        weights = described.get("weights", metadata.BFLOAT16)
+        new = metadata.describe(readable, weights)
+        # Update rule and code can be changed here, which a run cannot while it loads.
+        free: dict[str, Any] = {
+            name: new[name] for name in ("optimizer", "exp_avg_sq_code") if name in new
+        }
+        metadata.check({**described, **free}, readable, weights)
+        if self.target == FLASH and metadata.format_of(new) == metadata.format_of(described):
+            code = f" and the code {new['exp_avg_sq_code']}" if "exp_avg_sq_code" in new else ""
+            raise ValueError(
+                f"{self._folder.path} is a checkpoint of {new['optimizer']} with "
+                f"{new['master_bits']}-bit masters{code} already"
             )
 
     @cached_property
@@ -185,15 +204,14 @@ class Recoding:
 
     def _outputs(self, key: str, weight: torch.dtype) -> Iterator[tuple[str, torch.dtype, bool]]:
         """Yield key, dtype and whether it is divided by 32 of each new tensor of state."""
-        moments = self.state.moments(key)
         if self.target == ADAM:
-            for kind in (MASTER, *moments):
+            for kind in (MASTER, *self.moments):
                 yield f"{PREFIX}.{kind}.{key}", torch.float32, False
             return
         correction = correction_dtype(self.flash.master_bits)
         if weight == torch.bfloat16 and correction is not None:
             yield f"{PREFIX}.{CORRECTION}.{key}", correction, False
-        for kind in moments:
+        for kind in self.moments:
             yield f"{PREFIX}.{kind}.{key}", _CODE_DTYPES[kind], False
             name = SCALE_OF[kind]
             if key in self.per_element:
@@ -223,8 +241,9 @@ class Recoding:
             flat[f"{PREFIX}.{MASTER}.{key}", False] = master
         else:
             flat.update(self._split(key, weight, master, report))
-        for kind in self.state.moments(key):
-            values = torch.zeros(span.numel) if mends else self.state.moment(span, kind)
+        from_zero = mends or not self.keeps_moments
+        for kind in self.moments:
+            values = torch.zeros(span.numel) if from_zero else self.state.moment(span, kind)
             if self.target == ADAM:
                 flat[f"{PREFIX}.{kind}.{key}", False] = values
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ def each_unit(
     task: Callable[..., Any],
     folders: Sequence[CheckpointFolder],
     every: Sequence[Part],
-    processes: int,
+    executor: Executor | None,
     tell: Callable[[int, int], None],
 ) -> Iterator[tuple[int, Any]]:
     """Yield the number of a part and what a task returned for some ranges of it, in order.
@@ -36,7 +36,7 @@ def each_unit(
             (or None) of each further folder.
         folders: the checkpoints, the parts being those of the first.
         every: ``parts`` of the first folder.
-        processes: how many; 1 is this one.
+        executor: see ``pool``.
         tell: told elements done and all elements.
     """
     units = [
@@ -50,24 +50,24 @@ def each_unit(
     paths = [folder.path for folder in folders]
     others = [_by_name(parts(folder)) for folder in folders[1:]]
     tell(0, total)
-    with _executor(processes) as executor:
-        if executor is None:
-            for (number, ranges), size in zip(units, sizes, strict=True):
-                yield number, task(ranges, every[number], *_same(every[number], others))
-                tell(done := done + size, total)
-            return
-        futures = [executor.submit(_in_worker, task, paths, *unit) for unit in units]
-        place = {future: position for position, future in enumerate(futures)}
-        for future in as_completed(futures):
-            future.result()
-            tell(done := done + sizes[place[future]], total)
-        # Sums of floats depend on their order, which shall be the same on every run.
-        for (number, _), future in zip(units, futures, strict=True):
-            yield number, future.result()
+    if executor is None:
+        for (number, ranges), size in zip(units, sizes, strict=True):
+            yield number, task(ranges, every[number], *_same(every[number], others))
+            tell(done := done + size, total)
+        return
+    futures = [executor.submit(_in_worker, task, paths, *unit) for unit in units]
+    place = {future: position for position, future in enumerate(futures)}
+    for future in as_completed(futures):
+        future.result()
+        tell(done := done + sizes[place[future]], total)
+    # Sums of floats depend on their order, which shall be the same on every run.
+    for (number, _), future in zip(units, futures, strict=True):
+        yield number, future.result()
 
 
 @contextmanager
-def _executor(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+def pool(processes: int) -> Iterator[Executor | None]:
+    """Start the processes that ``each_unit`` works with; None for this one alone."""
     if processes == 1:
         yield None
         return

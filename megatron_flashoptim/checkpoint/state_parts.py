@@ -30,7 +30,7 @@ from megatron_flashoptim.checkpoint.model_space import PER_ELEMENT
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec import join_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
-from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ
+from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ, GROUP_STATE
 
 # Kinds of values a part may have, beside the moments and the correction.
 WEIGHT = "weight"
@@ -90,7 +90,7 @@ class Part:
     def kinds(self) -> list[str]:
         """Return the kinds of values; corrections only without the weights they belong to."""
         found = {kind for kind in KINDS if kind in self.keys}
-        if self.flash and WEIGHT in self.keys and (EXP_AVG in self.keys or CORRECTION in self.keys):
+        if self.flash and WEIGHT in self.keys and len(self.keys) > 1:
             found = (found - {CORRECTION}) | {MASTER}
         return [kind for kind in KINDS if kind in found]
 
@@ -231,7 +231,7 @@ def _buckets(folder: CheckpointFolder, common: dict[str, Any]) -> Iterator[Part]
             kind = _kind(match["kind"], folder.optimizer)
             keys.setdefault((match["before"], int(match["number"])), {})[kind] = key
     for (before, number), of_bucket in sorted(keys.items()):
-        some = of_bucket.get(EXP_AVG) or next(iter(of_bucket.values()))
+        some = next(key for kind, key in of_bucket.items() if kind not in GROUP_STATE)
         shape = folder.reader.shape(some)
         spans = _merged(folder.reader.chunks(some))
         name = f"{before.partition('distributed.')[2]}.bucket_idx_*"

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -183,14 +184,14 @@ class Inspection:
 
 
 def inspect(
-    folder: CheckpointFolder, progress: Tell = lambda *_: None, *, processes: int = 1
+    folder: CheckpointFolder, progress: Tell = lambda *_: None, *, executor: Executor | None = None
 ) -> Inspection:
     """Read a whole checkpoint and return its statistics.
 
     Args:
         folder: the checkpoint.
         progress: told what is done, elements done and all elements.
-        processes: how many read side by side; 1 is this one.
+        executor: processes that read side by side, see ``side_by_side.pool``.
 
     Raises:
         ValueError: the checkpoint is damaged; says which file or tensor.
@@ -202,7 +203,7 @@ def inspect(
     belong: dict[int, bool] = {}
     tell = partial(progress, "reading")
     for number, (statistics, is_of_weight) in each_unit(
-        statistics_of, [folder], every, processes, tell
+        statistics_of, [folder], every, executor, tell
     ):
         for kind, each in statistics.items():
             found[number][kind].add(each)

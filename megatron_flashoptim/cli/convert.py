@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.cli.progress import Progress
 from megatron_flashoptim.codec.spec import EXP_AVG_SQ_CODES, MASTER_BITS, MasterBits
+from megatron_flashoptim.optim.rules import RULES
 
 if TYPE_CHECKING:
     from megatron_flashoptim.checkpoint.offline import Conversion, Result
@@ -25,7 +26,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         choices=("flash", "adam", _WEIGHTS),
-        help="flash: for --optimizer flash_adamw; adam: for Megatron's own; weights: safetensors",
+        help="flash: for a flash optimizer; adam: for Megatron's own; weights: safetensors",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=tuple(RULES),
+        help="with --to flash: for which one (default: SRC's own, of Adam flash_adamw). Where its "
+        "moments are others than SRC's they start at zero, and masters are kept",
     )
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="of SRC (default: the latest it names)"
@@ -86,11 +93,15 @@ def _run(options: argparse.Namespace) -> int:
             target=options.to,
             iteration=options.iteration,
             flash=flash,
+            optimizer=options.optimizer,
             repair=options.repair,
             processes=options.processes,
         )
     )
     _print_source(conversion.folder)
+    if not conversion.recoding.keeps_moments:
+        name = conversion.recoding.flash.optimizer
+        print(f"masters are kept; the moments and the step number of {name} start at zero")
     if options.dry_run:
         _print_plan(conversion)
         return 0
@@ -108,6 +119,7 @@ def _check(options: argparse.Namespace) -> None:
         UsageError: names the option.
     """
     belongs = {
+        "--optimizer": ("flash", options.optimizer),
         "--master-bits": ("flash", options.master_bits),
         "--exp-avg-sq-code": ("flash", options.exp_avg_sq_code),
         "--dtype": (_WEIGHTS, options.dtype),
@@ -124,7 +136,11 @@ def _check(options: argparse.Namespace) -> None:
 def _print_source(folder: Any) -> None:
     args = folder.common.get("args")
     world = f", saved by {args.world_size} ranks" if hasattr(args, "world_size") else ""
-    kind = {"adam": "Megatron's Adam", "flash": "flash", "weights": "weights only"}
+    kind = {
+        "adam": "Megatron's Adam",
+        "flash": folder.flash.get("optimizer"),
+        "weights": "weights only",
+    }
     print(f"{folder.path}: {kind[folder.optimizer]}, {folder.sharding_type or 'no state'}{world}")
 
 
@@ -205,6 +221,7 @@ COMMAND = Command(
     examples=(
         "convert --to flash checkpoints/adam checkpoints/flash",
         "convert --to adam --iteration 5000 checkpoints/flash checkpoints/adam",
+        "convert --to flash --optimizer flash_lion checkpoints/adam checkpoints/lion",
         "convert --to flash --repair --processes 16 checkpoints/adam checkpoints/flash",
         "convert --to weights --dtype bf16 checkpoints/flash weights",
     ),

@@ -60,6 +60,7 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_flashoptim.checkpoint.description import bytes_by_kind, describe
     from megatron_flashoptim.checkpoint.difference import check_comparable, compare
     from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.side_by_side import pool
     from megatron_flashoptim.checkpoint.statistics import inspect
     from megatron_flashoptim.cli import inspect_tables
 
@@ -74,12 +75,11 @@ def _run(options: argparse.Namespace) -> None:
     sys.stdout.flush()
 
     comparison = None
-    with Progress() as progress:
+    with Progress() as progress, pool(options.processes) as executor:
         told_if_large = _if_large(progress)
-        processes = options.processes
-        inspection = inspect(folder, told_if_large, processes=processes)
+        inspection = inspect(folder, told_if_large, executor=executor)
         if other is not None:
-            comparison = compare(folder, other, told_if_large, processes=processes)
+            comparison = compare(folder, other, told_if_large, executor=executor)
     print("\n".join(inspect_tables.statistics_tables(inspection, layers=options.layers)))
     if told := inspect_tables.findings(inspection):
         print("\n" + "\n".join(told))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import MASTER_BITS
 from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 
 if TYPE_CHECKING:
     from megatron_flashoptim.megatron.planner import RunSize, StageSize
@@ -38,32 +39,54 @@ class Footprint:
         return 2.0 + self.gradient + self.state / data_parallel_size
 
 
-def footprints(grad_bytes: int) -> list[Footprint]:
-    """Return the optimizers side by side for gradients of ``grad_bytes`` bytes."""
+def flash_optimizers(only: str | None = None) -> list[tuple[str, Rule]]:
+    """Return names and rule of the flash optimizers, those that keep the same moments together.
+
+    Args:
+        only: name of the one to return.
+    """
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in RULES if only is None else (only,):
+        found.setdefault(rule_of(name).moments, []).append(name)
+    return [(", ".join(names), rule_of(names[0])) for names in found.values()]
+
+
+def footprints(grad_bytes: int, optimizer: str | None = None) -> list[Footprint]:
+    """Return the optimizers side by side.
+
+    Args:
+        grad_bytes: bytes of a gradient.
+        optimizer: name of a flash optimizer, by default all of them.
+    """
     # Stock: fp32 master and moments; it saves the bf16 weight and 12 bytes of state.
     rows = [Footprint("adam (fp32 master and moments)", grad_bytes, 12.0, 14.0)]
-    for bits in sorted(MASTER_BITS, reverse=True):
-        state = flash_state_bytes(bits)
-        rows.append(Footprint(f"flash_adamw, {bits}-bit masters", grad_bytes, state, 2 + state))
+    for names, rule in flash_optimizers(optimizer):
+        for bits in sorted(MASTER_BITS, reverse=True):
+            state = flash_state_bytes(rule, bits)
+            rows.append(Footprint(f"{names}, {bits}-bit masters", grad_bytes, state, 2 + state))
     return rows
 
 
-def render(parameters: float, data_parallel_size: int, grad_bytes: int) -> str:
+def render(
+    parameters: float, data_parallel_size: int, grad_bytes: int, optimizer: str | None = None
+) -> str:
     """Return the table for a number of parameters per model-parallel rank."""
+    rows = footprints(grad_bytes, optimizer)
+    width = max(len(row.name) for row in rows)
     lines = [
         f"{parameters:.4g} parameters per model-parallel rank, data-parallel size "
         f"{data_parallel_size}, bf16 weights, {'bf16' if grad_bytes == 2 else 'fp32'} gradients",
         "",
-        f"{'optimizer':32} {'bytes/param':>11} {'weights':>9} {'grads':>9} {'state':>9} "
+        f"{'optimizer':{width}} {'bytes/param':>11} {'weights':>9} {'grads':>9} {'state':>9} "
         f"{'rank GiB':>9} {'checkpoint':>11}",
     ]
-    for row in footprints(grad_bytes):
+    for row in rows:
         total = row.per_rank(data_parallel_size)
         sizes = (2.0, row.gradient, row.state / data_parallel_size, total)
         weights, grads, state, rank = (parameters * size / GIB for size in sizes)
         lines.append(
-            f"{row.name:32} {total:11.3f} {weights:9.2f} {grads:9.2f} {state:9.2f} {rank:9.2f} "
-            f"{parameters * row.checkpoint / GIB:11.2f}"
+            f"{row.name:{width}} {total:11.3f} {weights:9.2f} {grads:9.2f} {state:9.2f} "
+            f"{rank:9.2f} {parameters * row.checkpoint / GIB:11.2f}"
         )
     lines += ["", "GiB per rank; the checkpoint is that of all data-parallel ranks together."]
     return "\n".join(lines)
@@ -71,31 +94,36 @@ def render(parameters: float, data_parallel_size: int, grad_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """Bytes per element of one optimizer.
+    """One optimizer of a run.
 
     Attributes:
         name: what it is.
         flash: whether buffers and shards are laid out as ours.
-        state: bytes per owned element, with fp32 and with bf16 gradients.
+        state: bytes per owned element.
     """
 
     name: str
     flash: bool
-    state: tuple[float, float]
+    state: float
 
 
-def variants() -> list[Variant]:
-    """Return the optimizers side by side.
+def variants(size: RunSize) -> list[Variant]:
+    """Return the optimizers of a run side by side.
 
     Stock keeps an fp32 main gradient beside bf16 gradients. The precision-aware optimizer of
     Transformer Engine keeps an int16 remainder of the master, and no main gradient.
     """
-    rows = [Variant("adam (fp32 master and moments)", False, (12.0, 16.0))]
+    name, rule = size.optimizer, rule_of(size.optimizer)
+    if size.weight_bytes == 4:  # the weights are the masters, and have fp32 gradients
+        flash = flash_state_bytes(rule, 16) + TABLE_BYTES
+        return [Variant("adam (fp32 moments)", False, 8.0), Variant(name, True, flash)]
+    main_grad = 0.0 if size.grad_bytes == 4 else 4.0
+    rows = [Variant("adam (fp32 master and moments)", False, 12.0 + main_grad)]
     for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
-        rows.append(Variant(f"precision-aware, {dtype} moments", False, (2 + moments, 2 + moments)))
+        rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for bits in sorted(MASTER_BITS, reverse=True):
-        state = flash_state_bytes(bits) + TABLE_BYTES
-        rows.append(Variant(f"flash_adamw, {bits}-bit masters", True, (state, state)))
+        state = flash_state_bytes(rule, bits) + TABLE_BYTES
+        rows.append(Variant(f"{name}, {bits}-bit masters", True, state))
     return rows
 
 
@@ -103,10 +131,8 @@ def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> tuple[float
     """Return bytes of weights, gradients and optimizer on the first rank of a pipeline stage."""
     buffer = stage.flash_buffer if variant.flash else stage.stock_buffer
     owned = stage.flash_shard if variant.flash else stage.owned
-    state = variant.state[0 if size.grad_bytes == 4 else 1]
-    if size.weight_bytes == 4:  # fp32 weights are the master, and have fp32 gradients
-        state = flash_state_bytes(16) + TABLE_BYTES if variant.flash else 8.0
-    return float(buffer * size.weight_bytes), float(buffer * size.grad_bytes), owned * state
+    weights, grads = float(buffer * size.weight_bytes), float(buffer * size.grad_bytes)
+    return weights, grads, owned * variant.state
 
 
 def render_run(size: RunSize) -> str:
@@ -119,17 +145,10 @@ def render_run(size: RunSize) -> str:
         "",
         f"{'bytes on the rank':32} {'weights':>16} {'grads':>16} {'state':>16} {'GiB in all':>11}",
     ]
-    for variant in variants():
-        name = variant.name
-        if size.weight_bytes == 4:
-            if name.startswith("precision"):
-                continue  # it needs bf16 weights
-            name = "adam (fp32 moments)" if not variant.flash else "flash_adamw"
-            if lines[-1].startswith(name):
-                continue  # no correction, whatever the master bits
+    for variant in variants(size):
         parts = rank_bytes(size, stage, variant)
         columns = " ".join(f"{part:16.0f}" for part in parts)
-        lines.append(f"{name:32} {columns} {sum(parts) / GIB:11.3f}")
+        lines.append(f"{variant.name:32} {columns} {sum(parts) / GIB:11.3f}")
     return "\n".join(lines)
 
 
@@ -149,6 +168,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the gradient buffer (Megatron's default is fp32)",
     )
     parser.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        help=f"{', '.join(RULES)} (default: with --parameters all of them, else that of the "
+        "arguments or the checkpoint; of Adam flash_adamw)",
+    )
+    parser.add_argument(
         "--gpus",
         type=_positive(int),
         help="number of GPUs, with Megatron's arguments; with --checkpoint as many as saved it "
@@ -157,7 +182,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="checkpoint (torch_dist or torch, of Adam or flash_adamw) to take the arguments from; "
+        help="checkpoint (torch_dist or torch, of Adam or flash) to take the arguments from; "
         "arguments given beside it stand instead of its own",
     )
 
@@ -173,8 +198,11 @@ def _run(options: argparse.Namespace) -> None:
     ):
         if is_given:
             raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
+    if options.optimizer not in (None, *RULES):
+        raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(RULES)}")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
-    print(render(options.parameters, options.data_parallel_size, grad_bytes))
+    ranks = options.data_parallel_size
+    print(render(options.parameters, ranks, grad_bytes, options.optimizer))
 
 
 def _planned(options: argparse.Namespace) -> RunSize:
@@ -183,10 +211,13 @@ def _planned(options: argparse.Namespace) -> RunSize:
     from megatron_flashoptim.megatron import planner
     from megatron_flashoptim.megatron.planned_args import ArgumentsError
 
+    arguments = [*options.more]
+    if options.optimizer is not None:  # Megatron's own flag
+        arguments += ["--optimizer", options.optimizer]
     try:
         if options.checkpoint is not None:
-            return planner.plan_checkpoint(options.checkpoint, options.more, options.gpus)
-        return planner.plan(options.more, options.gpus)
+            return planner.plan_checkpoint(options.checkpoint, arguments, options.gpus)
+        return planner.plan(arguments, options.gpus)
     except ArgumentsError as problem:
         raise UsageError(str(problem)) from problem
 
@@ -205,11 +236,12 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 COMMAND = Command(
     name="memory",
     summary="bytes per rank of weights, gradients and optimizer state",
-    description="Compare Adam, the precision-aware optimizer and flash_adamw.\n"
+    description="Compare Adam, the precision-aware optimizer and flash optimizers.\n"
     "Give a number of parameters, the arguments of a GPT's pretrain_gpt.py,\n"
     "or a checkpoint of a GPT.",
     examples=(
         "memory --parameters 8e9 --data-parallel-size 16",
+        "memory --parameters 8e9 --optimizer flash_lion",
         "memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
         "memory --checkpoint DIR",
         "memory --checkpoint DIR --gpus 64 --tensor-model-parallel-size 4",

@@ -1,7 +1,8 @@
 """Command-line arguments: the optimizer choice, the ``--flash-*`` flags and their checks.
 
-``--optimizer flash_adamw`` is stored as ``optimizer="adam"`` plus ``flash_optimizer``: Megatron's
-own validation knows Adam, and would turn the distributed optimizer off for other names.
+``--optimizer flash_adamw``, as the other rules, is stored as ``optimizer="adam"`` plus
+``flash_optimizer``: Megatron's own validation knows Adam, and would turn the distributed optimizer
+off for other names.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.megatron.support import early_gather_refusal, first_refusal
-from megatron_flashoptim.optim.config import OPTIMIZER_NAMES, ROUNDING_POLICIES, FlashOptimConfig
+from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig, fields_refusal
+from megatron_flashoptim.optim.rules import RULES
 
 # Namespace attribute that holds the flash optimizer's name, or None.
 FIELD = "flash_optimizer"
 
-# Megatron's name for each rule, for its own config and its arguments.
-_MEGATRON_OPTIMIZER = {"flash_adamw": "adam"}
+# Megatron's name for every rule, for its own config and its arguments.
+_MEGATRON_OPTIMIZER = "adam"
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--flash-master-bits": {
@@ -29,13 +31,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--flash-exp-avg-sq-code": {
         "choices": spec.EXP_AVG_SQ_CODES,
-        "help": "Code of the second moment: sqrt is the paper's, fourth_root keeps small elements "
-        "more exactly. Default sqrt.",
+        "help": "Code of the second moment (flash_adamw, flash_adam): sqrt is the paper's, "
+        "fourth_root keeps small elements more exactly. Default sqrt.",
     },
     "--flash-rounding": {
         "choices": ROUNDING_POLICIES,
-        "help": "Rounding of the second moment; auto takes stochastic where nearest would stall "
-        "at --adam-beta2. Default auto.",
+        "help": "Rounding of the second moment (flash_adamw, flash_adam); auto takes stochastic "
+        "where nearest would stall at --adam-beta2. Default auto.",
     },
     "--flash-master-rounding": {
         "choices": spec.ROUNDINGS,
@@ -46,8 +48,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "With --overlap-param-gather, start the all-gather of a bucket as soon as it is "
         "stepped, in the order of the next forward pass, not in that pass.",
     },
+    "--flash-sgd-nesterov": {
+        "action": "store_true",
+        "help": "With --optimizer flash_sgd, take Nesterov's steps.",
+    },
 }
 
+# Of any optimizer; Megatron 0.19 has the field in OptimizerConfig, and no flag.
+L2 = "--no-decoupled-weight-decay"
 # Of any optimizer; Megatron has the report, and no flag to have it before memory runs out.
 REPORT = "--report-theoretical-memory"
 
@@ -61,10 +69,22 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     action = parser._option_string_actions.get("--optimizer")
     if action is None or action.choices is None:
         raise RuntimeError("Megatron's parser has no --optimizer with choices to extend")
-    action.choices = [*action.choices, *OPTIMIZER_NAMES]
-    group = parser.add_argument_group(title="flashoptim")
+    action.choices = [*action.choices, *RULES]
+    group = parser.add_argument_group(
+        title="flashoptim",
+        description=f"Flags of --optimizer {', '.join(RULES)}, beside Megatron's own "
+        "--weight-decay, --adam-*, --lion-* and --sgd-momentum.",
+    )
     for flag, options in _FLAGS.items():
         group.add_argument(flag, default=None, **options)
+    if L2 not in parser._option_string_actions:
+        group.add_argument(
+            L2,
+            action="store_false",
+            dest="decoupled_weight_decay",
+            help="Make weight decay a part of the gradient (L2), with flash_sgd or Megatron's "
+            "Adam; flash_adam does it by itself.",
+        )
     if REPORT not in parser._option_string_actions:
         group.add_argument(
             REPORT,
@@ -89,12 +109,12 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
     given = {flag: getattr(namespace, _dest(flag)) for flag in _FLAGS}
     name = namespace.optimizer
     setattr(namespace, FIELD, None)
-    if name not in OPTIMIZER_NAMES:
+    if name not in RULES:
         flags = [flag for flag, value in given.items() if value is not None]
         if flags:
             error(
                 f"{', '.join(flags)} given with --optimizer {name}; these flags belong to "
-                f"--optimizer {', '.join(OPTIMIZER_NAMES)}"
+                f"--optimizer {', '.join(RULES)}"
             )
         return
     refusal = first_refusal(name, namespace)
@@ -105,8 +125,12 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
         for flag, value in given.items()
         if value is not None
     }
+    refusal = fields_refusal(name, fields)
+    if refusal is not None:
+        error(refusal)
     try:
         config = FlashOptimConfig(optimizer=name, seed=namespace.seed, **fields)
+        config.rule.options(namespace, config)
     except ValueError as problem:
         error(str(problem))
     if config.early_param_gather:
@@ -116,7 +140,7 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
     for flag in _FLAGS:
         setattr(namespace, _dest(flag), getattr(config, _dest(flag).removeprefix("flash_")))
     setattr(namespace, FIELD, name)
-    namespace.optimizer = _MEGATRON_OPTIMIZER[name]
+    namespace.optimizer = _MEGATRON_OPTIMIZER
 
 
 def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
@@ -131,6 +155,7 @@ def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
         rounding=args.flash_rounding,
         master_rounding=args.flash_master_rounding,
         early_param_gather=args.flash_early_param_gather,
+        sgd_nesterov=args.flash_sgd_nesterov,
         seed=args.seed,
     )
 

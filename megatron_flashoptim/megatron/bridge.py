@@ -23,8 +23,9 @@ from megatron_flashoptim.codec import spec
 from megatron_flashoptim.megatron import install, support, versions
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.factory import get_megatron_optimizer
-from megatron_flashoptim.optim.config import OPTIMIZER_NAMES, FlashOptimConfig, RoundingPolicy
+from megatron_flashoptim.optim.config import FlashOptimConfig, RoundingPolicy
 from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.rules import RULES
 
 try:
     from megatron.bridge.training.config import ConfigContainer, OptimizerConfig
@@ -57,7 +58,8 @@ class FlashOptimizerConfig(OptimizerConfig):
         optimizer: the flash optimizer's name, not Megatron's.
         use_distributed_optimizer: must stay True; Bridge makes the DDP configuration agree.
         flash_master_bits, flash_exp_avg_sq_code, flash_rounding, flash_master_rounding,
-            flash_early_param_gather, flash_seed: as the fields of ``FlashOptimConfig``.
+            flash_early_param_gather, flash_sgd_nesterov, flash_seed: as the fields of
+            ``FlashOptimConfig``. Gradient release, which is built with DDP, is not offered.
     """
 
     optimizer: str = "flash_adamw"
@@ -67,6 +69,7 @@ class FlashOptimizerConfig(OptimizerConfig):
     flash_rounding: RoundingPolicy = "auto"
     flash_master_rounding: spec.Rounding = "nearest"
     flash_early_param_gather: bool = False
+    flash_sgd_nesterov: bool = False
     flash_seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -107,19 +110,19 @@ class FlashOptimizerConfig(OptimizerConfig):
         Raises:
             ValueError: a value is not allowed; the message names the field and the choices.
         """
-        if self.optimizer not in OPTIMIZER_NAMES:
+        if self.optimizer not in RULES:
             raise ValueError(
                 f"optimizer.optimizer of a FlashOptimizerConfig must be one of "
-                f"{', '.join(OPTIMIZER_NAMES)}; got {self.optimizer!r}. For Megatron's own "
+                f"{', '.join(RULES)}; got {self.optimizer!r}. For Megatron's own "
                 "optimizers use Bridge's OptimizerConfig"
             )
         given = {
             field.name: getattr(self, f"flash_{field.name}")
             for field in fields(FlashOptimConfig)
-            if field.name != "optimizer"
+            if hasattr(self, f"flash_{field.name}")
         }
         try:
-            return FlashOptimConfig(optimizer=self.optimizer, **given)  # type: ignore[arg-type]
+            return FlashOptimConfig(optimizer=self.optimizer, **given)
         except ValueError as problem:
             raise ValueError(_in_fields(str(problem))) from problem
 
@@ -166,20 +169,21 @@ class FlashOptimizerConfig(OptimizerConfig):
             raise ValueError(_in_fields(refusal))
 
     def _refuse(self, parts: list[tuple[str, Any]]) -> None:
+        refusal = support.refusal_of_the_rule(self.optimizer, self)
+        if refusal is not None:
+            raise ValueError(f"{self.optimizer} cannot be used with {refusal}")
+        with_graph = support.REFUSED_WITH_CUDA_GRAPH if self.optimizer_cuda_graph else ()
+        table = (*support.REFUSED, *with_graph)
         for name, part in parts:
-            rules = (
-                *support.RULES,
-                *(support.CUDA_GRAPH_RULES if self.optimizer_cuda_graph else ()),
-            )
             # The optimizer's decides, and Bridge gives it to DDP.
-            mine = [r for r in rules if part is self or r.field != "use_distributed_optimizer"]
-            rule = support.broken_rule(part, mine)
-            if rule is not None:
-                beside = " and optimizer_cuda_graph" if rule in support.CUDA_GRAPH_RULES else ""
+            mine = [o for o in table if part is self or o.field != "use_distributed_optimizer"]
+            option = support.first_refused(part, mine)
+            if option is not None:
+                beside = " and optimizer_cuda_graph" if option in with_graph else ""
                 raise ValueError(
                     f"{self.optimizer}{beside} cannot be used with "
-                    f"{name}.{rule.field}={getattr(part, rule.field)!r} ({rule.flag}): "
-                    f"{rule.reason}"
+                    f"{name}.{option.field}={getattr(part, option.field)!r} ({option.flag}): "
+                    f"{option.reason}"
                 )
 
     def provide(
@@ -240,7 +244,8 @@ def _wrap_bytes_per_parameter(original: Callable[..., Any]) -> Callable[..., Any
             return float(original(config, optimizer_shard_size))
         weight = 2 if optimizer.bf16 else 4  # an fp32 weight is its own master
         grad = 4 if config.ddp.grad_reduce_in_fp32 or not optimizer.bf16 else 2
-        state = flash_state_bytes(optimizer.flash_master_bits if optimizer.bf16 else 16)
+        bits = optimizer.flash_master_bits if optimizer.bf16 else 16
+        state = flash_state_bytes(optimizer.flash().rule, bits)
         return weight + grad + (state + TABLE_BYTES) / max(1, optimizer_shard_size)
 
     return bytes_per_parameter

@@ -179,7 +179,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """
         content = kwargs.get("metadata")
         if is_loading and metadata.KEY not in (content or {}):
-            metadata.check_stock_sharding_type(content)
+            for member in self.chained_optimizers:
+                metadata.check_stock(content, member.flash)
             return self._stock_state_dict(content or {}, model_sharded_state_dict)
         metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
@@ -345,13 +346,16 @@ class FlashChainedOptimizer(ChainedOptimizer):
         if not owned:
             return "no trainable parameters on this rank"
         flash = members[0].flash
-        beta2 = max(group["betas"][1] for m in members for group in m.optimizer.param_groups)
+        rounded = ""
+        if flash.rule.keeps_exp_avg_sq:
+            betas = [group["betas"] for m in members for group in m.optimizer.param_groups]
+            rounding = flash.resolve_rounding(max(beta2 for _, beta2 in betas))
+            rounded = f"second moment rounded {rounding}, "
         launches = sum(bool(shard.segments) for m in members for shard in m.optimizer.shards)
         counted = "1 launch" if launches == 1 else f"{launches} launches"
         return (
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "
-            f"parameter, {self._describe_masters(members, owned)}, second moment rounded "
-            f"{flash.resolve_rounding(beta2)}, {counted} per step"
+            f"parameter, {self._describe_masters(members, owned)}, {rounded}{counted} per step"
         )
 
     @staticmethod

@@ -8,6 +8,7 @@ them is the identity on the state.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.checkpoint import loading, param_groups
 from megatron_flashoptim.checkpoint import metadata as flash_metadata
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as _Base
 else:
     _Base = object
+
+logger = logging.getLogger(__name__)
 
 # Megatron's name of the master weight in the legacy format.
 _PARAM = "param"
@@ -80,6 +84,8 @@ class FlashCheckpointing(_Base):
             return
         saved_format = state_dict.get(flash_metadata.KEY)
         flash_metadata.check(saved_format, self.flash, self.weights_dtype())
+        if taken_over := flash_metadata.taken_over(state_dict[flash_metadata.KEY], self.flash):
+            log_single_rank(logger, logging.WARNING, taken_over)
         current = self.optimizer.param_groups
         saved = state_dict["optimizer"]["param_groups"]
         self.optimizer.load_param_groups(
@@ -239,7 +245,15 @@ class FlashCheckpointing(_Base):
         """Return fp32 masters and moments of all ranks on the first one, for the legacy format."""
         if self.is_stub_optimizer:
             return None
-        return super().get_parameter_state_dp_zero(*args, **kwargs)
+        found = super().get_parameter_state_dp_zero(*args, **kwargs)
+        for tensors in _of_buffers(found or {}):
+            for moment in self._moments_of_adam_alone():
+                del tensors[moment]
+        return found
+
+    def _moments_of_adam_alone(self) -> list[str]:
+        """Return the moments that Megatron gathers and scatters, and this update rule lacks."""
+        return [moment for moment in SCALE_OF if moment not in self.flash.rule.moments]
 
     def load_parameter_state_from_dp_zero(
         self, state_dict: dict[Any, Any], *args: Any, **kwargs: Any
@@ -253,13 +267,19 @@ class FlashCheckpointing(_Base):
             return
         if self.data_parallel_group.rank() == 0:
             _check_buffers(state_dict, self.gbuf_ranges)
+            for tensors in _of_buffers(state_dict):
+                zeros = torch.zeros(1).expand_as(tensors[_PARAM])
+                tensors.update(dict.fromkeys(self._moments_of_adam_alone(), zeros))
         super().load_parameter_state_from_dp_zero(state_dict, *args, **kwargs)
 
     @torch.no_grad()
     def _get_main_param_and_optimizer_states(
         self, model_param: torch.nn.Parameter
     ) -> dict[str, torch.Tensor]:
-        """Return this rank's range of a parameter's master and moments in fp32."""
+        """Return this rank's range of a parameter's master and moments in fp32.
+
+        Moments that the update rule lacks are zero: Megatron asks for both of Adam's.
+        """
         item, shard = self._located(model_param)
         elements = slice(item.start, item.end)
         param = shard.param[elements]
@@ -275,6 +295,8 @@ class FlashCheckpointing(_Base):
                     state[scale][_groups(item)],
                     code=shard.exp_avg_sq_code,
                 )
+            else:
+                tensors[moment] = torch.zeros(1).expand(item.end - item.start)
         return tensors
 
     @torch.no_grad()
@@ -321,6 +343,12 @@ class FlashCheckpointing(_Base):
         return item, self.optimizer.shards[item.shard]
 
     _item_of: dict[int, ShardParam] | None = None
+
+
+def _of_buffers(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Return the tensors by name of each buffer of the legacy format."""
+    numbers = [number for number in state if isinstance(number, int)]
+    return [tensors for number in numbers for tensors in state[number].values()]
 
 
 def _check_buffers(saved: dict[Any, Any], ranges: list[dict[Any, Any]]) -> None:

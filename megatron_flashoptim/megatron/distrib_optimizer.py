@@ -36,13 +36,13 @@ from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
 @versions.also_under_older_names
 class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
-    """Data-parallel sharded AdamW that keeps 3.125 bytes of state per owned parameter.
+    """Data-parallel sharded AdamW, or another rule, of 3.125 bytes of state per owned parameter.
 
     Takes the arguments of Megatron's ``DistributedOptimizer``; ``optimizer`` is used for its
     param groups only and replaced.
 
     Args:
-        flash: formats and rounding; the defaults of ``FlashOptimConfig`` if None.
+        flash: update rule, formats and rounding; the defaults of ``FlashOptimConfig`` if None.
 
     Attributes:
         flash: the configuration in force.
@@ -98,19 +98,25 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         self, optimizer: torch.optim.Optimizer, config: OptimizerConfig
     ) -> FlashOptimizer:
         """Make our optimizer from the param groups of the one Megatron built."""
-        own_keys = {"params", "lr", "betas", "eps", "weight_decay"}
-        foreign = set(optimizer.defaults) - own_keys
+        rule = self.flash.rule
+        options = rule.options(config, self.flash)
+
+        def is_kept(key: str, value: Any) -> bool:
+            if key in ("params", "lr", "weight_decay") or key not in optimizer.defaults:
+                return True
+            # Adam's option: the rule's if it has one of that name and the group one of its own.
+            return key in options and value != optimizer.defaults[key]
+
         return FlashOptimizer(
             [
-                {key: value for key, value in group.items() if key not in foreign}
+                {key: value for key, value in group.items() if is_kept(key, value)}
                 for group in optimizer.param_groups
             ],
             self.flash,
             lr=config.lr if config.lr is not None else 0.0,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
             weight_decay=config.weight_decay,
             capturable=config.optimizer_cuda_graph,
+            **options,
         )
 
     @staticmethod
@@ -408,6 +414,7 @@ def _shard_of_bucket(
         segments=SegmentTable(segments, numel // GROUP_SIZE, bucket.grad_data.device),
         master_bits=flash.master_bits,
         exp_avg_sq_code=flash.exp_avg_sq_code,
+        rule=flash.rule,
     )
 
 

@@ -33,7 +33,7 @@ def get_megatron_optimizer(
             ``use_distributed_optimizer=True``.
         model_chunks: model chunks wrapped in DistributedDataParallel.
         *args: further arguments of Megatron's function, passed on as ``**kwargs`` are.
-        flash: formats and rounding; the defaults of ``FlashOptimConfig`` if None.
+        flash: update rule, formats and rounding; the defaults of ``FlashOptimConfig`` if None.
 
     Raises:
         ValueError: an option that flash optimizers do not support.

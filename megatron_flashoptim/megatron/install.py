@@ -126,9 +126,10 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
-        if not isinstance(self, FlashDistributedOptimizer) and _selected() is not None:
+        flash = None if isinstance(self, FlashDistributedOptimizer) else _selected()
+        if flash is not None:
             raise RuntimeError(
-                "--optimizer flash_adamw was given, but plain Adam in Megatron's own "
+                f"--optimizer {flash.optimizer} was given, but plain Adam in Megatron's own "
                 "DistributedOptimizer is being built. Build the optimizer with "
                 "megatron_flashoptim.get_megatron_optimizer(config, model_chunks, ...)"
             )
@@ -215,7 +216,7 @@ def bindings() -> tuple[Binding, ...]:
 
 
 def install() -> None:
-    """Make ``--optimizer flash_adamw`` known to Megatron in this process; idempotent.
+    """Make our values of ``--optimizer`` known to Megatron in this process; idempotent.
 
     Raises:
         ImportError: Megatron lacks a name the plugin needs, or is too old; nothing is bound then.

@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str], world_size: int) -> Any:
     """Return Megatron's validated arguments of a run, ready for ``plan_rank``.
 
     Args:
-        arguments: of ``pretrain_gpt.py``, with ``--optimizer flash_adamw``.
+        arguments: of ``pretrain_gpt.py``, with an ``--optimizer`` of ours.
         world_size: number of GPUs of the run.
 
     Raises:

@@ -36,8 +36,9 @@ _AS_TENSOR_PARALLEL = (
     "expert_tensor_parallel_num_weight_shards",
     "tensor_parallel_num_weight_shards",
 )
-# Groups of arguments that the size of a model and its optimizer does not depend on.
-_WITHOUT_EFFECT = ("cuda_graph", "grpo_", "inference_", "lr_", "non_persistent_", "rl_")
+# Groups of arguments that the size of a model and its optimizer does not depend on. What belongs to
+# one flash optimizer would be refused beside another; the plan has a line for all master bits.
+_WITHOUT_EFFECT = ("cuda_graph", "flash_", "grpo_", "inference_", "lr_", "non_persistent_", "rl_")
 
 # How layers are divided over pipeline stages; void with another number of stages.
 _PIPELINE_LAYOUT = {
@@ -152,8 +153,8 @@ def _taken_over(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str,
     # The vocabulary as it was padded, which is the only size that all tokenizers leave here.
     if getattr(args, "padded_vocab_size", None):
         taken["vocab_size"] = args.padded_vocab_size
-    if taken.get(FIELD):
-        taken["optimizer"] = taken[FIELD]
+    if getattr(args, FIELD, None):
+        taken["optimizer"] = getattr(args, FIELD)
     return taken
 
 

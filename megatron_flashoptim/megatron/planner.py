@@ -20,7 +20,9 @@ import torch
 from megatron_flashoptim.checkpoint.iterations import iteration_folder
 from megatron_flashoptim.checkpoint.saved_args import read_saved_args
 from megatron_flashoptim.megatron import planned_args
+from megatron_flashoptim.megatron.arguments import FIELD
 from megatron_flashoptim.megatron.planned_args import ArgumentsError
+from megatron_flashoptim.optim.config import FlashOptimConfig
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class RunSize:
         stages: sizes of each pipeline stage.
         weight_bytes, grad_bytes: bytes per element of param and grad buffers.
         data_parallel_size: ranks that share the state of dense parameters.
+        optimizer: the flash optimizer that the arguments name, or that stands in for Adam.
     """
 
     stages: tuple[StageSize, ...]
     weight_bytes: int
     grad_bytes: int
     data_parallel_size: int
+    optimizer: str
 
 
 def plan(arguments: Sequence[str], world_size: int) -> RunSize:
@@ -136,6 +140,7 @@ def _run_size(args: Any) -> RunSize:
         weight_bytes=2 if args.bf16 or args.fp16 else 4,
         grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
         data_parallel_size=dense,
+        optimizer=getattr(args, FIELD) or FlashOptimConfig().optimizer,
     )
 
 

@@ -1,6 +1,6 @@
 """Which Megatron options a flash optimizer supports, in one table.
 
-The same rules are checked twice: at argument parsing (names of flags) and when an optimizer is
+The same table is checked twice: at argument parsing (names of flags) and when an optimizer is
 built from an ``OptimizerConfig`` (names of fields), for code that has no arguments.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.rules import rule_of
 
 
 @dataclass(frozen=True)
-class Rule:
+class Refused:
     """One refused option.
 
     Attributes:
@@ -39,98 +40,92 @@ def _is_set(value: Any) -> bool:
 
 _CHECKPOINT_FORMATS = ("torch_dist", "torch")
 
-RULES = (
-    Rule(
+REFUSED = (
+    Refused(
         "use_distributed_optimizer",
         lambda value: not value,
         "no --use-distributed-optimizer",
         "it is a distributed optimizer; add --use-distributed-optimizer",
     ),
-    Rule(
+    Refused(
         "fp16",
         _is_set,
         "--fp16",
         "fp16 has 5 bits of exponent, with which weight and correction do not hold an fp32 master "
         "(docs/formats.md); use --bf16, which needs no loss scale either",
     ),
-    Rule(
+    Refused(
         "use_precision_aware_optimizer",
         _is_set,
         "--use-precision-aware-optimizer",
         "it has state formats of its own; drop the flag, flash state is smaller",
     ),
-    Rule(
+    Refused(
         "optimizer_cpu_offload",
         _is_set,
         "--optimizer-cpu-offload",
         "its state is stepped on the GPU; drop the flag",
     ),
-    Rule(
+    Refused(
         "use_megatron_fsdp",
         _is_set,
         "--use-megatron-fsdp",
         "it steps the buckets of DistributedDataParallel; drop the flag",
     ),
-    Rule(
+    Refused(
         "use_torch_fsdp2",
         _is_set,
         "--use-torch-fsdp2",
         "it steps the buckets of DistributedDataParallel; drop the flag",
     ),
-    Rule(
+    Refused(
         "fp8_param_gather",
         _is_set,
         "--fp8-param-gather",
         "the master's high part is the bf16 weight, stepped in place, and this is FP8; drop the "
         "flag: with --fp8-format alone weights stay bf16 and are cast to FP8 where they are used",
     ),
-    Rule(
+    Refused(
         "fp4_param_gather",
         _is_set,
         "--fp4-param-gather",
         "the master's high part is the bf16 weight, stepped in place, and this is FP4; drop the "
         "flag: with --fp4-format alone weights stay bf16 and are cast to FP4 where they are used",
     ),
-    Rule(
+    Refused(
         "reuse_grad_buf_for_mxfp8_param_ag",
         _is_set,
         "--reuse-grad-buf-for-mxfp8-param-ag",
         "it is for --fp8-param-gather, and weights must live in a param buffer of their own; drop "
         "the flag",
     ),
-    Rule(
-        "decoupled_weight_decay",
-        lambda value: not value,
-        "--no-decoupled-weight-decay (decoupled_weight_decay=False)",
-        "flash_adamw decays weights apart from the gradient; drop the flag",
-    ),
-    Rule(
+    Refused(
         "qk_clip",
         _is_set,
         "--qk-clip",
         "Megatron clips whole main parameters, and those of a distributed optimizer are flat parts "
         "(with Adam the first clipped step fails); drop the flag",
     ),
-    Rule(
+    Refused(
         "overlap_param_gather_with_optimizer_step",
         lambda value: bool(value) and not versions.gathers_in_step(),
         "--overlap-param-gather-with-optimizer-step",
         "in this release of megatron-core experts would be gathered before they are stepped; use "
         "0.18 or newer, or drop the flag",
     ),
-    Rule(
+    Refused(
         "ckpt_format",
         lambda value: value not in _CHECKPOINT_FORMATS,
         "--ckpt-format other than torch_dist or torch",
         "flash state is not mapped to the others; use one of these",
     ),
-    Rule(
+    Refused(
         "non_persistent_ckpt_type",
         lambda value: value == "local",
         "--non-persistent-ckpt-type local",
         "Megatron loads local checkpoints without the description of the state; use global",
     ),
-    Rule(
+    Refused(
         "yaml_cfg",
         lambda value: value is not None,
         "--yaml-cfg",
@@ -140,50 +135,50 @@ RULES = (
 
 
 # With --optimizer-cuda-graph, which replays the step without any Python.
-CUDA_GRAPH_RULES = (
-    Rule(
+REFUSED_WITH_CUDA_GRAPH = (
+    Refused(
         "log_num_zeros_in_grad",
         _is_set,
         "--log-num-zeros-in-grad",
         "the count is read on the host; drop one of the two",
     ),
-    Rule(
+    Refused(
         "loss_scale",
         _is_set,
         "--loss-scale",
         "whether to skip a step is decided on the host; drop one of the two",
     ),
-    Rule(
+    Refused(
         "grad_norm_skip_threshold",
         math.isfinite,
         "--grad-norm-skip-threshold",
         "whether to skip a step is decided on the host; drop one of the two",
     ),
-    Rule(
+    Refused(
         "cuda_graph_warmup_steps",
         lambda value: value < 1,
         "--cuda-graph-warmup-steps 0",
         "the step to capture must have run once before; use 1 or more",
     ),
-    Rule(
+    Refused(
         "overlap_param_gather_with_optimizer_step",
         _is_set,
         "--overlap-param-gather-with-optimizer-step",
         "a replayed gather cannot be waited for; drop one of the two",
     ),
-    Rule(
+    Refused(
         "rl_offload_optimizer_during_inference",
         _is_set,
         "--rl-offload-optimizer-during-inference",
         "a replayed step looks for the state where it was; drop one of the two",
     ),
-    Rule(
+    Refused(
         "timing_log_level",
         lambda value: value > 0,
         "--timing-log-level above 0",
         "timers in the step wait for the device, which cannot be captured; drop one of the two",
     ),
-    Rule(
+    Refused(
         "weight_decay_incr_style",
         lambda value: value != "constant",
         "--weight-decay-incr-style other than constant",
@@ -193,26 +188,26 @@ CUDA_GRAPH_RULES = (
 
 
 # With --flash-early-param-gather.
-EARLY_GATHER_RULES = (
-    Rule(
+REFUSED_WITH_EARLY_GATHER = (
+    Refused(
         "overlap_param_gather",
         lambda value: not value,
         "no --overlap-param-gather",
         "without it the step waits for all gathers; add --overlap-param-gather",
     ),
-    Rule(
+    Refused(
         "overlap_param_gather_with_optimizer_step",
         _is_set,
         "--overlap-param-gather-with-optimizer-step",
         "it gathers all model chunks within the step, not the first alone; drop the latter",
     ),
-    Rule(
+    Refused(
         "optimizer_cuda_graph",
         _is_set,
         "--optimizer-cuda-graph",
         "a replayed gather cannot be waited for; drop one of the two",
     ),
-    Rule(
+    Refused(
         "cuda_graph_impl",
         lambda value: value not in (None, "none"),
         "--cuda-graph-impl other than none",
@@ -221,16 +216,16 @@ EARLY_GATHER_RULES = (
 )
 
 
-def broken_rule(options: Any, rules: Iterable[Rule]) -> Rule | None:
-    """Return the first rule that the options break, or None.
+def first_refused(options: Any, table: Iterable[Refused]) -> Refused | None:
+    """Return the first refused option among those that are set, or None.
 
     Args:
-        options: a namespace or dataclass; rules whose field it lacks do not apply.
-        rules: the rules, in the order in which they are to be told.
+        options: a namespace or dataclass; options whose field it lacks do not apply.
+        table: refused options, in the order in which they are to be told.
     """
-    for rule in rules:
-        if hasattr(options, rule.field) and rule.refused(getattr(options, rule.field)):
-            return rule
+    for option in table:
+        if hasattr(options, option.field) and option.refused(getattr(options, option.field)):
+            return option
     return None
 
 
@@ -238,12 +233,27 @@ def early_gather_refusal(options: Any) -> str | None:
     """Return why the options cannot be combined with ``--flash-early-param-gather``, or None.
 
     Args:
-        options: a namespace; rules whose field it lacks do not apply.
+        options: a namespace; options whose field it lacks do not apply.
     """
-    rule = broken_rule(options, EARLY_GATHER_RULES)
-    if rule is None:
+    option = first_refused(options, REFUSED_WITH_EARLY_GATHER)
+    if option is None:
         return None
-    return f"--flash-early-param-gather cannot be used with {rule.flag}: {rule.reason}"
+    return f"--flash-early-param-gather cannot be used with {option.flag}: {option.reason}"
+
+
+def refusal_of_the_rule(optimizer: str, options: Any) -> str | None:
+    """Return what of the options some update rules take, and this one does not, with the reason."""
+    if not getattr(options, "decoupled_weight_decay", True) and not rule_of(optimizer).takes_l2:
+        return (
+            "--no-decoupled-weight-decay (decoupled_weight_decay=False): it decays weights apart "
+            "from the gradient; drop the flag, or use flash_adam or flash_sgd"
+        )
+    if getattr(options, "use_mup", False) and not rule_of(optimizer).scale_free:
+        return (
+            "--use-mup: Megatron would scale its learning rates by Adam's rules; use flash_adamw, "
+            "flash_adam or flash_lion, or drop the flag"
+        )
+    return None
 
 
 def first_refusal(optimizer: str, options: Any) -> str | None:
@@ -251,17 +261,20 @@ def first_refusal(optimizer: str, options: Any) -> str | None:
 
     Args:
         optimizer: value of ``--optimizer``, for the message.
-        options: a namespace or dataclass; rules whose field it lacks do not apply.
+        options: a namespace or dataclass; options whose field it lacks do not apply.
     """
-    rule = broken_rule(options, RULES)
-    if rule is not None:
-        return f"--optimizer {optimizer} cannot be used with {rule.flag}: {rule.reason}"
+    refusal = refusal_of_the_rule(optimizer, options)
+    if refusal is not None:
+        return f"--optimizer {optimizer} cannot be used with {refusal}"
+    option = first_refused(options, REFUSED)
+    if option is not None:
+        return f"--optimizer {optimizer} cannot be used with {option.flag}: {option.reason}"
     graph = bool(getattr(options, "optimizer_cuda_graph", False))
-    rule = broken_rule(options, CUDA_GRAPH_RULES) if graph else None
-    if rule is not None:
+    option = first_refused(options, REFUSED_WITH_CUDA_GRAPH) if graph else None
+    if option is not None:
         return (
             f"--optimizer {optimizer} cannot be used with --optimizer-cuda-graph and "
-            f"{rule.flag}: {rule.reason}"
+            f"{option.flag}: {option.reason}"
         )
     return None
 
@@ -274,22 +287,23 @@ def check_configs(
     Args:
         config: Megatron's ``OptimizerConfig``.
         model_chunks: model chunks wrapped in DistributedDataParallel.
-        flash: formats and rounding; None stands for the defaults.
+        flash: update rule, formats and rounding; None stands for the defaults.
 
     Raises:
         ValueError: names the option and says what to do.
     """
+    flash = flash or FlashOptimConfig()
     chunk = model_chunks[0]
     if not hasattr(chunk, "ddp_config"):
         raise ValueError(
-            f"flash_adamw steps models wrapped in DistributedDataParallel, got "
+            f"{flash.optimizer} steps models wrapped in DistributedDataParallel, got "
             f"{type(chunk).__name__}"
         )
     for options in (config, chunk.ddp_config, getattr(chunk, "config", None)):
-        refusal = first_refusal("flash_adamw", options)
+        refusal = first_refusal(flash.optimizer, options)
         if refusal is not None:
             raise ValueError(refusal)
-    if flash is not None and flash.early_param_gather:
+    if flash.early_param_gather:
         options = SimpleNamespace(
             # Not the optimizer config's field of that name, by which nothing is gathered.
             overlap_param_gather=chunk.ddp_config.overlap_param_gather,
@@ -304,5 +318,7 @@ def check_configs(
             raise ValueError(refusal)
     if config.optimizer != "adam":
         raise ValueError(
-            f"OptimizerConfig.optimizer must be 'adam' for flash_adamw, got {config.optimizer!r}"
+            f"OptimizerConfig.optimizer must be 'adam' for {flash.optimizer}, got "
+            f"{config.optimizer!r}"
         )
+    flash.rule.options(config, flash)

@@ -44,10 +44,10 @@ def weight_and_optimizer_bytes(
     owned = (adam_bytes(divided, verbose=False) - _ADAM_REPLICATED * parameters) / _ADAM_DIVIDED
     if args.bf16:
         weight, grad = 2, 4 if args.accumulate_allreduce_grads_in_fp32 else 2
-        state = flash_state_bytes(flash.master_bits)
+        state = flash_state_bytes(flash.rule, flash.master_bits)
     else:  # fp32 weights are the master
         weight, grad = 4, 4
-        state = flash_state_bytes(16)
+        state = flash_state_bytes(flash.rule, 16)
     return parameters * (weight + grad) + owned * (state + TABLE_BYTES)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from megatron_flashoptim.codec import spec
+from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 
-FlashOptimizerName = Literal["flash_adamw"]
 RoundingPolicy = Literal["auto", "nearest", "stochastic"]
 
 # The most that rounding to the nearest bf16 moves a scale, relative to it.
 _HALF_ULP_OF_SCALE = 2.0**-8
 
-OPTIMIZER_NAMES: tuple[str, ...] = get_args(FlashOptimizerName)
+_OF_EXP_AVG_SQ = ("exp_avg_sq_code", "rounding")
+# Fields of a rule's own, and what to do.
+_OF_ONE_RULE = {"sgd_nesterov": "use --optimizer flash_sgd, or drop the flag"}
+
 ROUNDING_POLICIES: tuple[str, ...] = get_args(RoundingPolicy)
 
 
@@ -22,7 +26,7 @@ class FlashOptimConfig:
     """How a flash optimizer stores and rounds its state.
 
     Attributes:
-        optimizer: update rule; value of ``--optimizer``.
+        optimizer: update rule; value of ``--optimizer``, one of ``optim.rules.RULES``.
         master_bits: bits of the master weight, 16, 24 or 32 (``--flash-master-bits``).
         exp_avg_sq_code: code of the second moment (``--flash-exp-avg-sq-code``): "sqrt" is the
             paper's; "fourth_root" spends more codes on small elements, see docs/formats.md.
@@ -32,32 +36,43 @@ class FlashOptimConfig:
             masters need "stochastic".
         early_param_gather: gather the weights of a bucket as soon as it is stepped, not in the next
             forward pass (``--flash-early-param-gather``); changes no bit.
-        seed: seed of all stochastic rounding; ``--optimizer flash_adamw`` uses Megatron's
-            ``--seed``.
+        sgd_nesterov: take Nesterov's steps (``--flash-sgd-nesterov``); of flash_sgd alone.
+        seed: seed of all stochastic rounding; the command line uses Megatron's ``--seed``.
 
     Raises:
-        ValueError: a value is not allowed; the message names the flag and the choices.
+        ValueError: a value is not allowed, or is of what the rule has not; the message names the
+            flag and what to do.
     """
 
-    optimizer: FlashOptimizerName = "flash_adamw"
+    optimizer: str = "flash_adamw"
     master_bits: spec.MasterBits = 24
     exp_avg_sq_code: spec.ExpAvgSqCode = "sqrt"
     rounding: RoundingPolicy = "auto"
     master_rounding: spec.Rounding = "nearest"
     early_param_gather: bool = False
+    sgd_nesterov: bool = False
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        _check_choice("--optimizer", self.optimizer, OPTIMIZER_NAMES)
+        _check_choice("--optimizer", self.optimizer, tuple(RULES))
         _check_choice("--flash-master-bits", self.master_bits, spec.MASTER_BITS)
         _check_choice("--flash-exp-avg-sq-code", self.exp_avg_sq_code, spec.EXP_AVG_SQ_CODES)
         _check_choice("--flash-rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("--flash-master-rounding", self.master_rounding, spec.ROUNDINGS)
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        refusal = fields_refusal(self.optimizer, changed)
+        if refusal is not None:
+            raise ValueError(refusal)
         if self.master_bits == 16 and self.master_rounding != "stochastic":
             raise ValueError(
                 "--flash-master-bits 16 keeps no correction, so that updates below half a bf16 "
                 "ulp would be lost; add --flash-master-rounding stochastic, or use 24 or 32 bits"
             )
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule."""
+        return rule_of(self.optimizer)
 
     def resolve_rounding(self, beta2: float) -> spec.Rounding:
         """Return the rounding of the second moment for a given beta2.
@@ -72,6 +87,25 @@ class FlashOptimConfig:
         if self.rounding != "auto":
             return self.rounding
         return "nearest" if (1.0 - beta2) / 2.0 > 2 * _HALF_ULP_OF_SCALE else "stochastic"
+
+
+def fields_refusal(optimizer: str, given: Iterable[str]) -> str | None:
+    """Return why fields have no place beside a rule, or None.
+
+    Args:
+        optimizer: name of the rule.
+        given: names of the fields that were given a value.
+    """
+    for name in given:
+        flag = f"--flash-{name.replace('_', '-')}"
+        if name in _OF_EXP_AVG_SQ and not rule_of(optimizer).keeps_exp_avg_sq:
+            return (
+                f"{flag} is of the second moment, and --optimizer {optimizer} keeps none; drop the "
+                "flag"
+            )
+        if name in _OF_ONE_RULE and name not in rule_of(optimizer).own_fields:
+            return f"{flag} cannot be used with --optimizer {optimizer}; {_OF_ONE_RULE[name]}"
+    return None
 
 
 def arguments(flash: FlashOptimConfig | None) -> dict[str, Any]:

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_flashoptim.codec import rounding, spec
 from megatron_flashoptim.kernels import columns
+from megatron_flashoptim.optim.rules import Rule
 
 
 @dataclass(frozen=True)
-class AdamHyper:
-    """Hyper-parameters of one row: floats as in ``torch.optim.AdamW``, ``step`` from 1 up."""
+class HyperRow:
+    """One row of the table.
 
-    lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
+    Attributes:
+        values: the rule's columns, at most ``kernels.columns.VALUES``.
+        step: number of the step, from 1 up.
+    """
+
+    values: Sequence[float]
     step: int
-    bias_correction: bool = True
 
-    def row(self, seed: int) -> bytes:
+    @classmethod
+    def of(cls, rule: Rule, group: Mapping[str, Any]) -> HyperRow:
+        """Return the row of a param group of a rule, which has its ``step``."""
+        return cls(rule.columns(group, group["step"]), group["step"])
+
+    def pack(self, seed: int) -> bytes:
         """Pack the row: fp32 columns, then the two random keys of this step."""
-        correction1 = 1.0 - self.beta1**self.step if self.bias_correction else 1.0
-        correction2 = 1.0 - self.beta2**self.step if self.bias_correction else 1.0
+        unused = [0.0] * (columns.VALUES - len(self.values))
         return struct.pack(
-            "8f2I",
-            self.lr / correction1,
-            self.lr * self.weight_decay,
-            self.beta1,
-            1.0 - self.beta1,
-            self.beta2**0.5,
-            (1.0 - self.beta2) ** 0.5,
-            self.eps,
-            correction2**-0.5,
+            f"{columns.VALUES}f2I",
+            *self.values,
+            *unused,
             rounding.launch_key(seed, self.step, spec.STREAM_EXP_AVG_SQ),
             rounding.launch_key(seed, self.step, spec.STREAM_MASTER),
         )
@@ -67,7 +67,7 @@ class HyperTable:
     def __len__(self) -> int:
         return self.keys.shape[0]
 
-    def fill(self, rows: Sequence[AdamHyper], *, seed: int) -> None:
+    def fill(self, rows: Sequence[HyperRow], *, seed: int) -> None:
         """Upload the rows of this step.
 
         Raises:
@@ -76,7 +76,7 @@ class HyperTable:
         if len(rows) != len(self):
             raise ValueError(f"the table has {len(self)} rows, got {len(rows)}")
         if rows:
-            packed = bytearray(b"".join(row.row(seed) for row in rows))
+            packed = bytearray(b"".join(row.pack(seed) for row in rows))
             host = torch.frombuffer(packed, dtype=torch.int32).view_as(self.keys)
             self.keys.copy_(host, non_blocking=True)
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.optim.adamw import adamw_step_
 from megatron_flashoptim.optim.capture import DeviceHyper
 from megatron_flashoptim.optim.config import FlashOptimConfig
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
+from megatron_flashoptim.optim.step import step_
 
 
 class FlashOptimizer(torch.optim.Optimizer):
-    """AdamW over bucket shards: param groups carry hyper-parameters, shards carry the state.
+    """An update rule over bucket shards: param groups have hyper-parameters, shards the state.
 
     The number of steps taken is the plain integer ``step`` of every param group, so that
     schedulers and checkpoints see what they see with a fused Adam. ``state`` stays empty: the
@@ -24,19 +24,22 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     Args:
         params: param groups as for ``torch.optim.AdamW``; keys of their own are kept.
-        flash: formats and rounding.
+        flash: update rule, formats and rounding.
         lr: default learning rate.
-        betas: default decay rates of the moments.
-        eps: default term added to the denominator.
-        weight_decay: default decoupled weight decay.
+        weight_decay: default weight decay.
+        options: what else the rule takes from a param group; see ``Rule.defaults``.
         capturable: keep learning rate and step number on the device, so that a step can be
             captured in a CUDA graph.
 
     Attributes:
+        rule: the update rule.
         shards: bucket shards in the order in which they are stepped.
         table: hyper-parameters on the device; ``table.grad_scale`` scales the gradients.
         row_groups: for each row of the table, the index of its param group.
         defers_launches: ``step`` prepares the step and leaves each ``launch`` to the caller.
+
+    Raises:
+        ValueError: an option that the rule does not take.
     """
 
     def __init__(
@@ -45,14 +48,19 @@ class FlashOptimizer(torch.optim.Optimizer):
         flash: FlashOptimConfig,
         *,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         weight_decay: float = 0.0,
         capturable: bool = False,
+        **options: Any,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        rule = flash.rule
+        if unknown := options.keys() - rule.defaults.keys():
+            raise ValueError(
+                f"{rule.name} takes {', '.join(rule.defaults)}; got {', '.join(sorted(unknown))}"
+            )
+        defaults = {"lr": lr, **rule.defaults, **options, "weight_decay": weight_decay, "step": 0}
         super().__init__(list(params), defaults)
         self.flash = flash
+        self.rule = rule
         self.shards: list[BucketShard] = []
         self.row_groups: list[int] = []
         self.table = HyperTable(0, "cpu")
@@ -81,7 +89,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.row_groups = list(row_groups)
         self.table = HyperTable(len(self.row_groups), device)
         if self._capturable:
-            self._device_hyper = DeviceHyper(self, self.table, self.row_groups)
+            self._device_hyper = DeviceHyper(self, self.rule, self.table, self.row_groups)
 
     def load_param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update each param group with the values given for it."""
@@ -129,10 +137,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         else:
             for group in self.param_groups:
                 group["step"] += 1
-            rows = [_adam_hyper(self.param_groups[index]) for index in self.row_groups]
+            rows = [HyperRow.of(self.rule, self.param_groups[index]) for index in self.row_groups]
             self.table.fill(rows, seed=self.flash.seed)
-        beta2 = max((self.param_groups[index]["betas"][1] for index in self.row_groups), default=0)
-        self._rounding = self.flash.resolve_rounding(beta2)
+        if self.rule.keeps_exp_avg_sq:
+            betas = (self.param_groups[index]["betas"] for index in self.row_groups)
+            self._rounding = self.flash.resolve_rounding(max((b for _, b in betas), default=0))
         if not self.defers_launches:
             for index in range(len(self.shards)):
                 self.launch(index)
@@ -140,7 +149,7 @@ class FlashOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def launch(self, index: int) -> None:
         """Step one shard by the hyper-parameters of the last ``step``."""
-        adamw_step_(
+        step_(
             self.shards[index],
             self.table,
             exp_avg_sq_rounding=self._rounding,
@@ -177,15 +186,3 @@ class FlashOptimizer(torch.optim.Optimizer):
     def nbytes(self) -> int:
         """Return the bytes of optimizer state and tables on this rank."""
         return sum(shard.nbytes() for shard in self.shards) + self.table.nbytes()
-
-
-def _adam_hyper(group: dict[str, Any]) -> AdamHyper:
-    beta1, beta2 = group["betas"]
-    return AdamHyper(
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        step=group["step"],
-    )

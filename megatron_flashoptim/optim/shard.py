@@ -10,18 +10,22 @@ import torch
 
 from megatron_flashoptim.codec.master import correction_dtype
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
+from megatron_flashoptim.optim.rules import EXP_AVG as EXP_AVG
+from megatron_flashoptim.optim.rules import EXP_AVG_SQ as EXP_AVG_SQ
+from megatron_flashoptim.optim.rules import Rule, rule_of
 from megatron_flashoptim.optim.segments import SegmentTable
 
 # Names of the state tensors; also the last part of their checkpoint keys.
 CORRECTION = "correction"
-EXP_AVG = "exp_avg"
 EXP_AVG_SCALE = "exp_avg_scale"
-EXP_AVG_SQ = "exp_avg_sq"
 EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
 
 # One element per parameter element, and one per quantization group.
 ELEMENT_STATE = (CORRECTION, EXP_AVG, EXP_AVG_SQ)
 GROUP_STATE = (EXP_AVG_SCALE, EXP_AVG_SQ_SCALE)
+
+# Codes of each moment, and the name of its scales.
+_MOMENTS = {EXP_AVG: (torch.int8, EXP_AVG_SCALE), EXP_AVG_SQ: (torch.uint8, EXP_AVG_SQ_SCALE)}
 
 
 @dataclass
@@ -35,12 +39,13 @@ class BucketShard:
         segments: which parameter each quantization group belongs to.
         master_bits: 16, 24 or 32 for a bf16 ``param``.
         exp_avg_sq_code: code of the second moment, see ``codec.spec``.
+        rule: the update rule, which says what moments there are; AdamW's if not given.
         correction: int8 (24 bits) or int16 (32 bits), n elements; None for 16-bit masters and
             for fp32 parameters.
         exp_avg: int8 codes of the first moment, n elements.
         exp_avg_scale: bf16 scales, n / 32 elements.
-        exp_avg_sq: uint8 codes of the second moment, n elements.
-        exp_avg_sq_scale: bf16 scales, n / 32 elements.
+        exp_avg_sq: uint8 codes of the second moment, n elements; None where the rule has none.
+        exp_avg_sq_scale: bf16 scales, n / 32 elements; None where the rule has none.
         launches: kernel launches made ready on these tensors, by their options.
 
     Raises:
@@ -52,11 +57,12 @@ class BucketShard:
     segments: SegmentTable
     master_bits: int = 24
     exp_avg_sq_code: ExpAvgSqCode = "sqrt"
+    rule: Rule = field(default_factory=lambda: rule_of("flash_adamw"))
     correction: torch.Tensor | None = field(init=False)
     exp_avg: torch.Tensor = field(init=False)
     exp_avg_scale: torch.Tensor = field(init=False)
-    exp_avg_sq: torch.Tensor = field(init=False)
-    exp_avg_sq_scale: torch.Tensor = field(init=False)
+    exp_avg_sq: torch.Tensor | None = field(init=False, default=None)
+    exp_avg_sq_scale: torch.Tensor | None = field(init=False, default=None)
     launches: dict[tuple[Any, ...], tuple[Any, Any]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -77,10 +83,10 @@ class BucketShard:
         dtype = correction_dtype(self.master_bits)
         keeps_correction = dtype is not None and self.param.dtype == torch.bfloat16
         self.correction = self._zeros(numel, dtype) if keeps_correction else None
-        self.exp_avg = self._zeros(numel, torch.int8)
-        self.exp_avg_sq = self._zeros(numel, torch.uint8)
-        self.exp_avg_scale = self._zeros(numel // GROUP_SIZE, torch.bfloat16)
-        self.exp_avg_sq_scale = self._zeros(numel // GROUP_SIZE, torch.bfloat16)
+        for moment in self.rule.moments:
+            dtype, scale = _MOMENTS[moment]
+            setattr(self, moment, self._zeros(numel, dtype))
+            setattr(self, scale, self._zeros(numel // GROUP_SIZE, torch.bfloat16))
 
     def _zeros(self, numel: int, dtype: torch.dtype | None) -> torch.Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.param.device)

@@ -1,13 +1,14 @@
-"""What all commands have in common, through the installed console script."""
+"""What all commands have in common."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
-from console import COMMAND, error, run
+from console import COMMAND, error, run, run_installed
 
 from megatron_flashoptim.cli import COMMANDS
 
@@ -26,7 +27,7 @@ def test_help_has_examples_and_exit_codes(name: str) -> None:
 
 
 def test_help_lists_every_command() -> None:
-    done = run("--help")
+    done = run_installed("--help")
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
         assert f"    {command.name} " in done.stdout and command.summary in done.stdout
@@ -50,7 +51,8 @@ def test_missing_megatron_exits_with_1_and_says_what_to_install(tmp_path: Path) 
     # A module of that name which holds nothing, found before the installed package.
     (tmp_path / "megatron.py").touch()
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    said = error("memory", "--gpus", "1", "--num-layers", "1", code=1, PYTHONPATH=path)
+    without = partial(run_installed, PYTHONPATH=path)
+    said = error("memory", "--gpus", "1", "--num-layers", "1", code=1, run=without)
     assert said.startswith("megatron-flashoptim memory: error: No module named 'megatron.")
     assert "pip install 'megatron-flashoptim[train]'" in said
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from console import error, run
+from console import error, run_installed
 from ranks import run_ranks
 
 from megatron_flashoptim.cli import main
@@ -36,7 +36,7 @@ def adam(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_console_script_converts_and_says_what_it_did(adam: Path, tmp_path: Path) -> None:
-    done = run("convert", "--to", "flash", str(adam), str(tmp_path / "flash"))
+    done = run_installed("convert", "--to", "flash", str(adam), str(tmp_path / "flash"))
     assert done.returncode == 0, done.stderr
     assert "Megatron's Adam, fully_reshardable" in done.stdout
     assert "relative errors of masters largest" in done.stdout

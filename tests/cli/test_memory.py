@@ -1,4 +1,4 @@
-"""``megatron-flashoptim memory``, through the installed console script."""
+"""``megatron-flashoptim memory`` without a model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from console import error, run
 def test_table_shows_the_bytes_of_the_formats() -> None:
     done = run("memory", "--parameters", "1e9", "--grad-dtype", "bf16")
     assert done.returncode == 0, done.stderr
-    per_parameter = {
-        line[:32].strip(): float(line[32:44]) for line in done.stdout.splitlines()[3:7]
-    }
-    assert per_parameter == {
+    assert _per_parameter(done.stdout) == {
         "adam (fp32 master and moments)": 16.0,
-        "flash_adamw, 32-bit masters": 8.125,
-        "flash_adamw, 24-bit masters": 7.125,
-        "flash_adamw, 16-bit masters": 6.125,
+        "flash_adamw, flash_adam, 32-bit masters": 8.125,
+        "flash_adamw, flash_adam, 24-bit masters": 7.125,
+        "flash_adamw, flash_adam, 16-bit masters": 6.125,
+        "flash_lion, flash_sgd, 32-bit masters": 7.062,
+        "flash_lion, flash_sgd, 24-bit masters": 6.062,
+        "flash_lion, flash_sgd, 16-bit masters": 5.062,
     }
+
+
+def _per_parameter(table: str) -> dict[str, float]:
+    """Return the first figure of each line, bytes per parameter, by the optimizer's name."""
+    lines = table.splitlines()[3:-2]
+    fields = (line.rsplit(maxsplit=6) for line in lines)
+    return {name: float(figure) for name, figure, *_ in fields}
 
 
 def test_state_is_shared_by_the_data_parallel_ranks() -> None:
-    done = run("memory", "--parameters", "1e9", "--data-parallel-size", "16")
-    (line,) = [line for line in done.stdout.splitlines() if "24-bit" in line]
-    assert float(line[32:44]) == pytest.approx(6 + 3.125 / 16, abs=1e-3)
+    chosen = ("--data-parallel-size", "16", "--optimizer", "flash_lion")
+    done = run("memory", "--parameters", "1e9", *chosen)
+    found = _per_parameter(done.stdout)
+    assert len(found) == 4, "Adam's line, and those of the chosen optimizer"
+    assert found["flash_lion, 24-bit masters"] == pytest.approx(6 + 2.0625 / 16, abs=1e-3)
+    assert done.stdout.splitlines()[5].endswith(f"{4.0625e9 / 2**30:11.2f}"), "the checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +43,7 @@ def test_state_is_shared_by_the_data_parallel_ranks() -> None:
         (("--parameters", "0"), "must be positive"),
         (("--parameters", "many"), "invalid number value: 'many'"),
         (("--parameters", "1e9", "--grad-dtype", "fp8"), "fp8"),
+        (("--parameters", "1e9", "--optimizer", "adam"), "adam is none of flash_adamw, "),
     ],
 )
 def test_wrong_command_line_exits_with_2_and_says_what(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from bitwise import fp32
+from rows import adam_row
 from shards import GROUP
 
 from megatron_flashoptim.codec import join_master, spec, split_master
 from megatron_flashoptim.optim import BucketShard
-from megatron_flashoptim.optim.adamw import launch_adamw_kernel_
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperTable
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
+from megatron_flashoptim.optim.step import launch_step_kernel_
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU: too slow or too large for a CPU"
@@ -68,13 +69,13 @@ def test_a_step_past_2_to_31_elements_is_that_of_a_small_shard(rounding: spec.Ro
     generator = torch.Generator("cuda").manual_seed(0)
     table = HyperTable(2, "cuda")
     for step in range(1, 3):
-        hyper = AdamHyper(1e-3, 0.1, 0.9, 0.999, 1e-8, step)
+        hyper = adam_row(1e-3, 0.1, 0.9, 0.999, 1e-8, step)
         table.fill([hyper, hyper], seed=5)
         grad = torch.randn(tail * GROUP, device="cuda", generator=generator)
         small.grad.copy_(grad)
         large.grad[-grad.numel() :].copy_(grad)
         for shard in (large, small):
-            launch_adamw_kernel_(
+            launch_step_kernel_(
                 shard, table, exp_avg_sq_rounding=rounding, master_rounding=rounding
             )
     torch.cuda.synchronize()

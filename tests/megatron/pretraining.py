@@ -44,10 +44,19 @@ def pretrain(corpus: Path, *flags: str, model: Sequence[str] = MODEL) -> dict[in
 
     Printed are even iterations, with the mean loss of two, and the first one after a start.
     """
+    return losses(printed(corpus, *flags, model=model))
+
+
+def printed(corpus: Path, *flags: str, model: Sequence[str] = MODEL) -> str:
+    """Train on two ranks; returns what they printed."""
     arguments = [str(SCRIPT), *model, *device_flags(), *data_flags(corpus), *flags]
-    printed = "".join(run_ranks(2, _pretrain, arguments))
-    found = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(printed)}
-    assert found, printed[-3000:]
+    return "".join(run_ranks(2, _pretrain, arguments))
+
+
+def losses(text: str) -> dict[int, tuple[str, str]]:
+    """Return loss and parameter norm of each iteration, as printed."""
+    found = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(text)}
+    assert found, text[-3000:]
     return found
 
 

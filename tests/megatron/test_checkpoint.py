@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mixed_precision import MIXED
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
+from megatron_flashoptim.optim.rules import RULES
 
 
 def _train(
@@ -38,10 +39,23 @@ def _train(
     return {**checkpoints.everything(trainer), "losses": losses}
 
 
+def _train_on(folder: Path, formats: list[str], parallel: bool, **options: Any) -> dict[str, Any]:
+    """Train, save in several formats, and train on; returns the state of both moments."""
+    import checkpoints
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    losses = trainer.train(3)
+    saved = checkpoints.everything(trainer)
+    for save_as in formats:
+        checkpoints.save(trainer, folder / save_as, save_as, parallel=parallel)
+    losses += trainer.train(3)
+    return {**checkpoints.everything(trainer), "losses": losses, "saved": saved}
+
+
 STOCHASTIC = FlashOptimConfig(rounding="stochastic", master_rounding="stochastic", seed=7)
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
-    "data parallel": (2, {}),
     "data parallel, bf16 gradients": (2, {"grads_in_fp32": False}),
     "data parallel, 4 ranks, odd sizes": (4, {"hidden": 72, "layers": 1}),
     "overlap, several buckets with padding": (2, {"overlap": True, "bucket_size": 15_000}),
@@ -59,36 +73,129 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "fp32 model": (2, {"bf16": False}),
     "fp32 norms": (2, {**MIXED, "flash": STOCHASTIC, "grads_in_fp32": False}),
+    **{name: (2, {"flash": FlashOptimConfig(optimizer=name)}) for name in RULES},
 }
+LEGACY = (
+    *("tensor parallel", "pipeline parallel", "experts", "overlap, several buckets with padding"),
+    *("32-bit masters", "fp32 model", "fp32 norms", *RULES),
+)
 
 
-@cache
-def _whole(case: str) -> list[Any]:
+def _formats(case: str) -> Iterator[str]:
+    yield from ("dp_reshardable", "fully_reshardable")
+    if case in LEGACY:
+        yield "torch"
+    if "overlap" in case:
+        yield "fully_reshardable, memory efficient"
+
+
+class Saved:
+    """Runs that went on after they saved, by case: each is made when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ranks: dict[str, list[Any]] = {}
+
+    def folder(self, case: str, save_as: str) -> Path:
+        """Return the folder of a checkpoint."""
+        self.ranks(case)
+        return self._folder / case / save_as
+
+    def ranks(self, case: str) -> list[Any]:
+        """Return what ``_train_on`` returned on each rank."""
+        if case not in self._ranks:
+            world_size, options = CASES[case]
+            formats = list(_formats(case))
+            for save_as in formats:
+                (self._folder / case / save_as).mkdir(parents=True)
+            self._ranks[case] = run_ranks(
+                world_size, _train_on, self._folder / case, formats, _in_parallel(case), **options
+            )
+        return self._ranks[case]
+
+
+def _in_parallel(case: str) -> bool:
+    """Return whether Megatron saves and loads fully in parallel: in every other case."""
+    return len(case) % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.mark.parametrize(
+    ("case", "save_as"), [(case, save_as) for case in CASES for save_as in _formats(case)]
+)
+def test_resume_in_fresh_processes_is_bitwise(saved: Saved, case: str, save_as: str) -> None:
     world_size, options = CASES[case]
-    return run_ranks(world_size, _train, 6, **options)
+    whole, folder = saved.ranks(case), saved.folder(case, save_as)
+    resumed = run_ranks(world_size, _train, 3, load=folder, parallel=_in_parallel(case), **options)
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert ours["losses"] == theirs["losses"][3:]
+        assert_same_state(ours, theirs)
 
 
-def _cases() -> Iterator[tuple[str, str]]:
-    yield from (("dp_reshardable", case) for case in CASES)
-    yield from (("fully_reshardable", case) for case in CASES)
-    layouts = ("data parallel", "tensor parallel", "pipeline parallel", "experts")
-    overlap = "overlap, several buckets with padding"
-    formats = ("32-bit masters", "fp32 model", "fp32 norms")
-    yield from (("torch", case) for case in (*layouts, overlap, *formats))
-    yield "fully_reshardable, memory efficient", overlap
-
-
-@pytest.mark.parametrize(("save_as", "case"), sorted(_cases(), key=lambda pair: pair[1]))
-def test_resume_in_fresh_processes_is_bitwise(save_as: str, case: str, tmp_path: Path) -> None:
+def test_saving_changes_nothing(saved: Saved) -> None:
+    case = "overlap, several buckets with padding"
     world_size, options = CASES[case]
-    whole = _whole(case)
-    # With Megatron's fully parallel save and load in every other case.
-    options = {**options, "parallel": len(case) % 2 == 0}
-    first = run_ranks(world_size, _train, 3, save=tmp_path, save_as=save_as, **options)
-    second = run_ranks(world_size, _train, 3, load=tmp_path, **options)
-    for rank in range(world_size):
-        assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
-        assert_same_state(second[rank], whole[rank])
+    for ours, theirs in zip(
+        saved.ranks(case), run_ranks(world_size, _train, 6, **options), strict=True
+    ):
+        assert ours["losses"] == theirs["losses"]
+        assert_same_state(ours, theirs)
+
+
+def _load_each(folders: list[Path], **options: Any) -> list[str | dict[str, Any]]:
+    """Load one checkpoint after the other; returns the state, or the error, and what was logged."""
+    import checkpoints
+    import tiny_gpt
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    found: list[str | dict[str, Any]] = []
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.disable(logging.NOTSET)
+    logging.getLogger("megatron_flashoptim").addHandler(handler)
+    for folder in folders:
+        logged.clear()
+        try:
+            checkpoints.load(trainer, folder)
+            found.append({**checkpoints.everything(trainer), "logged": list(logged)})
+        except ValueError as problem:
+            found.append(str(problem))
+    return found
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_legacy_files_hold_the_moments_of_the_rule(saved: Saved, name: str) -> None:
+    state = torch.load(saved.folder(name, "torch") / "optimizer_0_0_0.pt")
+    (tensors,) = state[0].values()
+    moments = CASES[name][1]["flash"].rule.moments
+    assert tensors.keys() == {"param", *moments, "numel_unpadded"}
+    assert all(tensors[moment].any() for moment in moments)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_state_of_another_rule_is_taken_over_or_refused(saved: Saved, name: str) -> None:
+    """Taken over bit for bit where both have Adam's moments; else refused naming both."""
+    others = [other for other in RULES if other != name]
+    cases = [(other, save_as) for other in others for save_as in _formats(other)]
+    folders = [saved.folder(*case) for case in cases]
+    ranks = run_ranks(2, _load_each, folders, **CASES[name][1])
+    adams = ("flash_adam", "flash_adamw")
+    for number, rank in enumerate(ranks):
+        for (other, _), found in zip(cases, rank, strict=True):
+            if name in adams and other in adams:
+                before = saved.ranks(other)[number]["saved"]
+                assert_same_state(found, before)
+                said = f"took over the state of {other}, which is that of {name}"
+                assert found["logged"] == [said] * (number == 0)
+                continue
+            assert f"saved with optimizer {other}, this run has {name}" in found
+            assert f"convert --to flash --optimizer {name}" in found
+            assert "--no-load-optim --no-load-rng, or --finetune" in found
 
 
 def test_rounding_seed_comes_from_the_checkpoint(tmp_path: Path) -> None:
@@ -119,23 +226,31 @@ def test_data_parallel_size_may_change_in_dp_reshardable(tmp_path: Path) -> None
         assert not any(tensor[length:].any() for tensor in joined), "padding holds no state"
 
 
-def _bytes_saved(folder: Path, save_as: str) -> int:
+def _bytes_saved(folder: Path, save_as: str, optimizer: str) -> int:
     import checkpoints
     import tiny_gpt
 
-    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=512, layers=2))
+    flash = FlashOptimConfig(optimizer=optimizer)
+    trainer = tiny_gpt.build(tiny_gpt.Setup(hidden=512, layers=2, flash=flash))
     trainer.train(1)
     checkpoints.save(trainer, folder, save_as)
     return sum(param.numel() for param in trainer.model[0].parameters())
 
 
-@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable"])
-def test_weights_and_state_take_5_2_bytes_per_parameter_on_disk(
-    save_as: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("save_as", "optimizer", "expected"),
+    [
+        ("dp_reshardable", "flash_adamw", 5.125),
+        ("fully_reshardable", "flash_adamw", 5.125),
+        ("fully_reshardable", "flash_lion", 4.0625),
+    ],
+)
+def test_weights_and_state_take_the_bytes_of_the_formats_on_disk(
+    save_as: str, optimizer: str, expected: float, tmp_path: Path
 ) -> None:
-    (numel, _) = run_ranks(2, _bytes_saved, tmp_path, save_as)
+    (numel, _) = run_ranks(2, _bytes_saved, tmp_path, save_as, optimizer)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert 5.125 * numel < size < 5.2 * numel
+    assert expected * numel < size < 1.015 * expected * numel
 
 
 def _load_error(folder: Path, **options: Any) -> str:

@@ -130,6 +130,7 @@ BACK: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "fp32 weights": (1, {"layers": 1, "bf16": False}),
     "fp32 norms": (2, GROUPS_OF_ONE_DTYPE),
+    "flash_adam": (1, {"layers": 1, "flash": FlashOptimConfig(optimizer="flash_adam")}),
 }
 
 
@@ -144,7 +145,8 @@ def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_pa
     source.mkdir()
     groups = run_ranks(ranks, _save_flash, source, **options)[0]
     _, adam = _convert(source, tmp_path / "adam", "adam")
-    _, again = _convert(adam, tmp_path / "again", "flash", flash=flash)
+    rule = flash.optimizer if case == "flash_adam" else None  # else by default
+    _, again = _convert(adam, tmp_path / "again", "flash", flash=flash, optimizer=rule)
     (before, own), (after, same) = _contents(source), _contents(again)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -275,7 +277,7 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(1, _save_flash, flash, 1, layers=1)
     refused(buckets, "flash", "dp_reshardable.*--optimizer flash_adamw")
     refused(adam, "adam", "already.*--repair")
-    refused(flash, "flash", "24-bit masters and the code sqrt already")
+    refused(flash, "flash", "flash_adamw with 24-bit masters and the code sqrt already")
     refused(flash, "adam", "--repair mends", repair=True)
     refused(flash, "flash", r"master_bits 24, this run has 16", flash=_sixteen_bits())
     legacy = tmp_path / "legacy"

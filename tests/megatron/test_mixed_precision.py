@@ -10,7 +10,7 @@ from mixed_precision import EXPERTS, MIXED, is_kept_in_fp32
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
-from megatron_flashoptim.optim.adamw import reference_adamw_step_
+from megatron_flashoptim.optim.step import reference_step_
 
 STOCHASTIC = FlashOptimConfig(master_bits=16, master_rounding="stochastic")
 
@@ -93,7 +93,7 @@ def _overflow(in_fp32: bool) -> tuple[Any, bool, set[int]]:
     before = everything()
     result = trainer.optimizer.step()
     for shard in shards:  # a step launched in spite of it
-        reference_adamw_step_(
+        reference_step_(
             shard,
             member.optimizer.table,
             exp_avg_sq_rounding="nearest",

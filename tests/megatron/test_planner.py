@@ -9,6 +9,8 @@ import pytest
 from console import error, run
 from ranks import run_ranks
 
+from megatron_flashoptim import FlashOptimConfig
+
 COMMON = """--num-layers 2 --hidden-size 256 --ffn-hidden-size 1024 --num-attention-heads 4 --bf16
 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --lr 1e-3 --train-iters 10
 --vocab-size 256 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
@@ -17,6 +19,7 @@ UNTIED = "--untie-embeddings-and-output-weights"
 # Number of ranks, Megatron's flags and the same for the tiny GPT.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "bf16 gradients": (2, "--grad-reduce-in-bf16", {"grads_in_fp32": False}),
+    "flash_lion": (2, "--optimizer flash_lion", {"flash": FlashOptimConfig("flash_lion")}),
     "tensor and pipeline parallel": (
         4,
         f"--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --swiglu {UNTIED}",
@@ -67,9 +70,10 @@ def _planned(ranks: int, flags: str, common: str = COMMON) -> dict[str, tuple[in
 def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
     ranks, flags, options = CASES[case]
     planned = _planned(ranks, flags)
+    optimizer = options.get("flash", FlashOptimConfig()).optimizer
     for stock, name in (
         (True, "adam (fp32 master and moments)"),
-        (False, "flash_adamw, 24-bit masters"),
+        (False, f"{optimizer}, 24-bit masters"),
     ):
         live = run_ranks(ranks, _live, stock, options)
         largest = max(live, key=lambda rank: rank[0] + rank[2])

@@ -13,6 +13,8 @@ import torch
 from console import error, run
 from ranks import run_ranks
 
+from megatron_flashoptim import FlashOptimConfig
+
 # The arguments that training_checkpoints.Run trains with and that sizes depend on.
 MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --bf16 --seq-length 64
 --max-position-embeddings 64 --micro-batch-size 2 --position-embedding-type rope --vocab-size 255
@@ -27,7 +29,11 @@ SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
         f"{TP2_PP2} {UNTIED}",
         {"tp": 2, "pp": 2, "swiglu": True, "tied": False},
     ),
-    "flash_adamw, torch": (2, "--ckpt-format torch --pipeline-model-parallel-size 2", {"pp": 2}),
+    "flash_lion, torch": (
+        2,
+        "--optimizer flash_lion --ckpt-format torch --pipeline-model-parallel-size 2",
+        {"flash": FlashOptimConfig("flash_lion"), "pp": 2},
+    ),
 }
 
 

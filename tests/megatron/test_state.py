@@ -109,13 +109,13 @@ def _count_launches() -> tuple[int, int]:
     from megatron_flashoptim.optim import optimizer as flash_optimizer
 
     calls = []
-    step = flash_optimizer.adamw_step_
+    step = flash_optimizer.step_
 
     def counted(shard: Any, *args: Any, **kwargs: Any) -> None:
         calls.append(shard)
         step(shard, *args, **kwargs)
 
-    flash_optimizer.adamw_step_ = counted
+    flash_optimizer.step_ = counted
     trainer = tiny_gpt.build(tiny_gpt.Setup(overlap=True, bucket_size=30_000))
     trainer.step()
     return len(calls), len(trainer.model[0].buffers[0].buckets)
@@ -144,8 +144,9 @@ def test_no_gradient_is_copied_out_of_the_buffer() -> None:
 
 
 def test_memory_planner_agrees_with_the_live_state_within_1_percent() -> None:
-    from megatron_flashoptim.cli.memory import flash_state_bytes
+    from megatron_flashoptim.optim.footprint import flash_state_bytes
+    from megatron_flashoptim.optim.rules import rule_of
 
     ranks = run_ranks(2, _train_and_weigh)
     live = sum(rank["counted"] for rank in ranks) / sum(rank["owned"] for rank in ranks)
-    assert live == pytest.approx(flash_state_bytes(24), rel=0.01)
+    assert live == pytest.approx(flash_state_bytes(rule_of("flash_adamw"), 24), rel=0.01)

@@ -11,8 +11,7 @@ from mixed_precision import EXPERTS, MIXED
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
-from megatron_flashoptim.kernels import columns
-from megatron_flashoptim.optim.adamw import reference_adamw_step_
+from megatron_flashoptim.optim.step import reference_step_
 
 # Relative to the master: half a quantum of a 24-bit pattern, which keeps 15 mantissa bits.
 MASTER_BOUND = 2.0**-16
@@ -123,10 +122,10 @@ def _rows() -> list[Any]:
     (member,) = trainer.optimizer.chained_optimizers
     (shard,) = member.optimizer.shards
     trainer.step()
-    table = member.optimizer.table.values
+    step_size, decay, *_ = member.optimizer.table.values.unbind(dim=1)
     names = {p: n for n, p in trainer.model[0].named_parameters()}
-    lr = table[:, columns.STEP_SIZE] * (1 - 0.9)  # without the bias correction of step 1
-    decay = table[:, columns.DECAY] / lr
+    lr = step_size * (1 - 0.9)  # without the bias correction of step 1
+    decay = decay / lr
     return [
         (names[item.param], lr[segment.row].item(), decay[segment.row].item())
         for item, segment in zip(member.shard_params, shard.segments.segments, strict=True)
@@ -203,7 +202,7 @@ def _overflow(rank_with_inf: int) -> tuple[Any, bool, list[int]]:
     result = trainer.optimizer.step()
     # Stepping in spite of it changes nothing either.
     for launched in member.optimizer.shards:
-        reference_adamw_step_(
+        reference_step_(
             launched,
             member.optimizer.table,
             exp_avg_sq_rounding="nearest",

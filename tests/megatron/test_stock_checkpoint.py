@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, tuple[int, dict[str, Any]], tuple[int, dict[str, Any
     "32-bit masters": (
         FULLY,
         (1, {"layers": 1}),
-        (2, {"layers": 1, "flash": FlashOptimConfig(master_bits=32)}),
+        (2, {"layers": 1, "flash": FlashOptimConfig("flash_adam", master_bits=32)}),
     ),
     "flattened, data parallel": (FLATTENED, (2, PLAIN), (2, PLAIN)),
     "flattened, tensor parallel": (FLATTENED, (2, {**PLAIN, "tp": 2}), (2, {**PLAIN, "pp": 2})),
@@ -124,16 +124,21 @@ def test_masters_of_the_precision_aware_optimizer_are_refused(save_as: str, tmp_
 
 
 def test_other_sharding_types_are_refused_by_name() -> None:
-    from megatron_flashoptim.checkpoint.metadata import check_stock_sharding_type
+    from megatron_flashoptim.checkpoint.metadata import check_stock
 
     with pytest.raises(ValueError, match="'dp_zero_gather_scatter'; supported: dp_reshardable, "):
-        check_stock_sharding_type({"distrib_optim_sharding_type": "dp_zero_gather_scatter"})
+        check_stock({"distrib_optim_sharding_type": "dp_zero_gather_scatter"}, FlashOptimConfig())
 
 
 def test_without_install_the_error_says_so(tmp_path: Path) -> None:
     run_ranks(1, save, tmp_path, FULLY, layers=1)
     (rank,) = run_ranks(1, load, tmp_path, install=False, layers=1)
     assert "megatron_flashoptim.install()" in rank["error"]
+    # Rules with other moments than Adam's refuse it before that.
+    lion = FlashOptimConfig(optimizer="flash_lion")
+    (rank,) = run_ranks(1, load, tmp_path, layers=1, flash=lion)
+    assert "saved with Megatron's Adam, this run has flash_lion" in rank["error"]
+    assert "convert --to flash --optimizer flash_lion" in rank["error"]
 
 
 def test_other_buckets_are_refused_with_both_sizes(tmp_path: Path) -> None:

@@ -22,6 +22,13 @@ FLASH: dict[str, tuple[str, int, float]] = {
     "fp32 gradients": ("", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
     "bf16 gradients": ("--grad-reduce-in-bf16", 4, DENSE * (4 + (3.125 + TABLE) / 4)),
     "32-bit masters": ("--flash-master-bits 32", 2, DENSE * (6 + (4.125 + TABLE) / 2)),
+    "L2-Adam": ("--optimizer flash_adam", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
+    "Lion": ("--optimizer flash_lion", 4, DENSE * (6 + (2.0625 + TABLE) / 4)),
+    "SGD, fp32 model": (
+        "--optimizer flash_sgd --fp32-model",
+        2,
+        DENSE * (8 + (1.0625 + TABLE) / 2),
+    ),
     "fp32 model": ("--fp32-model", 4, DENSE * (8 + (2.125 + TABLE) / 4)),
     "context parallel": ("--context-parallel-size 2", 4, DENSE * (6 + (3.125 + TABLE) / 4)),
     "instances": (

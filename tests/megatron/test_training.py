@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from console import run
-from pretraining import LOSS, MODEL, data_flags, device_flags, saved_tensors
+from pretraining import (
+    MODEL,
+    data_flags,
+    device_flags,
+    losses,
+    pretrain,
+    printed,
+    saved_tensors,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # A checkout of Megatron-LM core_v0.19.0; its scripts are not in the megatron-core wheel.
@@ -45,16 +53,9 @@ def _output(script: Path, corpus: Path, *flags: str) -> str:
     return done.stdout
 
 
-def _losses(printed: str) -> dict[int, tuple[str, str]]:
-    """Return loss and parameter norm of each iteration, as printed."""
-    found = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(printed)}
-    assert found, printed[-3000:]
-    return found
-
-
 def _train(script: Path, corpus: Path, *flags: str) -> dict[int, tuple[str, str]]:
     """Return loss and parameter norm of each iteration."""
-    return _losses(_output(script, corpus, *flags))
+    return losses(_output(script, corpus, *flags))
 
 
 def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
@@ -62,7 +63,9 @@ def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
 ) -> None:
     script = ROOT / "scripts" / "pretrain_gpt.py"
     flags = ("--optimizer", "flash_adamw", "--train-iters", "8", "--save-interval", "4")
-    whole = _train(script, corpus, *flags, "--save", str(tmp_path / "whole"))
+    text = _output(script, corpus, *flags, "--save", str(tmp_path / "whole"))
+    assert text.count("bytes of state per owned parameter") == 1
+    whole = losses(text)
     resumed = _train(
         script,
         corpus,
@@ -87,28 +90,25 @@ def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
 @pytest.fixture(scope="module")
 def adam_and_flash(corpus: Path) -> tuple[str, str, dict[str, Any]]:
     """Train alike with both; return what each printed, and what flash_adamw holds."""
-    script = ROOT / "scripts" / "pretrain_gpt.py"
     report = corpus / "memory.json"
     # Megatron's theoretical figures know no biases, which in this model are 1 % of it.
     flags = ("--train-iters", "8", "--disable-bias-linear", "--optimizer")
-    adam = _output(script, corpus, *flags, "adam")
+    adam = printed(corpus, *flags, "adam")
     asked = ("--report-theoretical-memory", "--memory-report", str(report))
-    flash = _output(script, corpus, *flags, "flash_adamw", *asked)
+    flash = printed(corpus, *flags, "flash_adamw", *asked)
     return adam, flash, json.loads(report.read_text())
 
 
 def test_flash_adamw_follows_adam_in_the_training_loop(
     adam_and_flash: tuple[str, str, dict[str, Any]],
 ) -> None:
-    adam, flash = map(_losses, adam_and_flash[:2])
+    adam, flash = map(losses, adam_and_flash[:2])
     assert adam.keys() == flash.keys()
     for iteration in adam:
         loss, norm = flash[iteration]
         assert float(loss) == pytest.approx(float(adam[iteration][0]), rel=5e-3)
         assert float(norm) == pytest.approx(float(adam[iteration][1]), rel=1e-4)
         assert float(flash[iteration][1]) > 1.0, "the params norm is never 0"
-    told = "bytes of state per owned parameter"
-    assert adam_and_flash[1].count(told) == 1 and told not in adam_and_flash[0]
 
 
 def test_theoretical_memory_report_is_that_of_the_optimizer(
@@ -126,19 +126,21 @@ def test_theoretical_memory_report_is_that_of_the_optimizer(
     assert theirs == pytest.approx([adams / 2**20] * len(theirs), abs=rounding)
 
 
-@pytest.mark.parametrize("flags", ["--finetune", "--no-load-optim --no-load-rng"])
 def test_weights_of_a_stock_checkpoint_load_without_its_optimizer(
-    corpus: Path, tmp_path: Path, flags: str
+    corpus: Path, tmp_path: Path
 ) -> None:
-    script = ROOT / "scripts" / "pretrain_gpt.py"
+    """Also by a rule that refuses the optimizer's state."""
     save = ("--save", str(tmp_path), "--save-interval", "4")
-    adam = _train(script, corpus, "--optimizer", "adam", "--train-iters", "4", *save)
-    load = ("--load", str(tmp_path), *flags.split(), "--train-iters", "8")
-    flash = _train(script, corpus, "--optimizer", "flash_adamw", *load)
-    start = min(flash)
-    assert start == (1 if flags == "--finetune" else 5)
+    adam = pretrain(corpus, "--optimizer", "adam", "--train-iters", "4", *save)
     fresh_loss = float(adam[min(adam)][0])
-    assert float(flash[start][0]) < fresh_loss - 0.2, "it must start from the trained weights"
+    for optimizer, flags, first in (
+        ("flash_adamw", "--finetune", 1),
+        ("flash_lion", "--no-load-optim --no-load-rng", 5),
+    ):
+        load = ("--load", str(tmp_path), *flags.split(), "--train-iters", "8")
+        flash = pretrain(corpus, "--optimizer", optimizer, *load)
+        assert min(flash) == first
+        assert float(flash[first][0]) < fresh_loss - 0.2, "it must start from the trained weights"
 
 
 def test_wrong_flags_end_the_launch_with_one_line(corpus: Path) -> None:

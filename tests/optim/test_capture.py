@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from rows import adam_row
 
 from megatron_flashoptim.optim import FlashOptimConfig, FlashOptimizer
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
 
 GROUPS: list[dict[str, Any]] = [
     {"lr": 3e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "step": 0},
@@ -18,9 +19,9 @@ GROUPS: list[dict[str, Any]] = [
 ROWS = (0, 2, 1, 1)
 
 
-def _host_row(group: dict[str, Any], lr: float, step: int) -> AdamHyper:
+def _host_row(group: dict[str, Any], lr: float, step: int) -> HyperRow:
     beta1, beta2 = group["betas"]
-    return AdamHyper(lr, group["weight_decay"], beta1, beta2, group["eps"], step)
+    return adam_row(lr, group["weight_decay"], beta1, beta2, group["eps"], step)
 
 
 def _optimizer(
@@ -51,6 +52,48 @@ def test_every_bit_equals_the_host_s_table_over_many_steps(seed: int) -> None:
         expected.fill([_host_row(GROUPS[row], rates[row], step) for row in ROWS], seed=seed)
         assert torch.equal(optimizer.table.keys, expected.keys), step
     assert [group["step"] for group in optimizer.plain_param_groups()] == [199] * 3
+
+
+# Three param groups of each other rule, of which two options are no numbers.
+OF_RULES: dict[str, list[dict[str, Any]]] = {
+    "flash_adam": [
+        {"betas": betas, "eps": 1e-8} for betas in ((0.9, 0.95), (0.8, 0.999), (0, 0.5))
+    ],
+    "flash_lion": [{"betas": betas} for betas in ((0.95, 0.98), (0.9, 0.99), (0.0, 0.5))],
+    "flash_sgd": [
+        {"momentum": 0.9, "nesterov": False, "decoupled_weight_decay": True},
+        {"momentum": 0.7, "nesterov": True, "decoupled_weight_decay": True},
+        {"momentum": 0.3, "nesterov": True, "decoupled_weight_decay": False},
+    ],
+}
+
+
+def _of_rule(name: str, capturable: bool) -> FlashOptimizer:
+    optimizer = FlashOptimizer(
+        [
+            {"lr": group["lr"], "weight_decay": group["weight_decay"], **options}
+            | {"params": [torch.nn.Parameter(torch.zeros(1))]}
+            for group, options in zip(GROUPS, OF_RULES[name], strict=True)
+        ],
+        FlashOptimConfig(optimizer=name),
+        capturable=capturable,
+    )
+    optimizer.attach([], ROWS, "cpu")
+    return optimizer
+
+
+@pytest.mark.parametrize("name", OF_RULES)
+def test_every_rule_s_table_is_the_host_s_while_rates_and_options_change(name: str) -> None:
+    ours, expected = _of_rule(name, True), _of_rule(name, False)
+    for step in range(20):
+        for optimizer in (ours, expected):
+            optimizer.param_groups[1]["lr"] = 1e-2 * 0.9**step
+            optimizer.param_groups[0]["weight_decay"] = 0.1 * (step // 5)
+            if step == 10:
+                optimizer.param_groups[0].update(OF_RULES[name][2])
+            optimizer.step()
+        assert torch.equal(ours.table.keys, expected.table.keys), step
+    assert ours.table.values[:, :3].any() and ours.plain_param_groups()[0]["step"] == 20
 
 
 def test_what_a_scheduler_writes_on_the_host_reaches_the_device() -> None:

@@ -16,7 +16,7 @@ from megatron_flashoptim.optim import FlashOptimConfig
 @pytest.mark.parametrize(
     ("field", "flag", "choices"),
     [
-        ("optimizer", "--optimizer", "flash_adamw"),
+        ("optimizer", "--optimizer", "flash_adamw, flash_adam, flash_lion, flash_sgd"),
         ("master_bits", "--flash-master-bits", "16, 24, 32"),
         ("exp_avg_sq_code", "--flash-exp-avg-sq-code", "sqrt, fourth_root"),
         ("rounding", "--flash-rounding", "auto, nearest, stochastic"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from bitwise import assert_same_bits
+from rows import adam_row
 from shards import GROUP, GuardedShard, Parameter, assert_same_state, segments_of, tensors
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.optim.adamw import adamw_step_
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperTable
+from megatron_flashoptim.optim.step import step_
 
 # A bucket as Megatron lays it out: starts padded to 64 elements, the end to lcm(32 * dp, 128).
 BUCKET = (
@@ -48,11 +49,11 @@ def _step_cut(
         for step in range(1, STEPS + 1):
             shard.grad.copy_(gradients[step - 1][elements])
             rows = [
-                AdamHyper(1e-2, 0.1, 0.9, 0.999, 1e-8, step),
-                AdamHyper(1e-3, 0.0, 0.9, 0.999, 1e-8, step),
+                adam_row(1e-2, 0.1, 0.9, 0.999, 1e-8, step),
+                adam_row(1e-3, 0.0, 0.9, 0.999, 1e-8, step),
             ]
             table.fill(rows, seed=2)
-            adamw_step_(shard, table, exp_avg_sq_rounding=rounding, master_rounding=rounding)
+            step_(shard, table, exp_avg_sq_rounding=rounding, master_rounding=rounding)
         shard.check_guards()
         shards.append(shard)
     return shards
@@ -122,8 +123,8 @@ def test_counting_groups_from_the_cut_would_draw_other_bits() -> None:
         segments_of([Parameter(0, 32, 0, 7)], 0, 32),
     )
     table = HyperTable(1, "cpu")
-    table.fill([AdamHyper(1e-4, 0.1, 0.9, 0.999, 1e-8, 1)], seed=2)
+    table.fill([adam_row(1e-4, 0.1, 0.9, 0.999, 1e-8, 1)], seed=2)
     for shard in (right, wrong):
-        adamw_step_(shard, table, exp_avg_sq_rounding="stochastic", master_rounding="stochastic")
+        step_(shard, table, exp_avg_sq_rounding="stochastic", master_rounding="stochastic")
     with pytest.raises(AssertionError, match="correction"):
         assert_same_state(wrong, right)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from bitwise import assert_same_bits, bf16, patterns
+from rows import adam_row
 from shards import GROUP, GuardedShard, Parameter, is_unchanged, segments_of, tensors
 from tolerances import SETTLED_ROOT_RELATIVE
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.optim import adamw
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim import step as one_step
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
 
 each_code = pytest.mark.parametrize("code", spec.EXP_AVG_SQ_CODES)
 # A root is computed as sqrt(v + ADDED).
@@ -37,16 +38,14 @@ def _stepped(
         segments_of([Parameter(0, groups)], 0, groups),
         exp_avg_sq_code=code,
     )
-    _step(shard, AdamHyper(1.0, decay, beta1, beta2, eps, 1, bias_correction=False))
+    _step(shard, adam_row(1.0, decay, beta1, beta2, eps, 1, bias_correction=False))
     return shard
 
 
-def _step(shard: GuardedShard, hyper: AdamHyper) -> None:
+def _step(shard: GuardedShard, hyper: HyperRow) -> None:
     table = HyperTable(1, "cpu")
     table.fill([hyper], seed=0)
-    adamw.reference_adamw_step_(
-        shard, table, exp_avg_sq_rounding="nearest", master_rounding="nearest"
-    )
+    one_step.reference_step_(shard, table, exp_avg_sq_rounding="nearest", master_rounding="nearest")
     shard.check_guards()
 
 
@@ -95,7 +94,7 @@ def test_v_settles_where_decay_and_2_to_minus_148_cancel_and_zero_stays_zero(
     shard = _stepped(gradient, code=code)
     shard.grad.zero_()
     for step in range(2, 200):
-        _step(shard, AdamHyper(1.0, 0.0, 0.9, 0.9, 1e-8, step))
+        _step(shard, adam_row(1.0, 0.0, 0.9, 0.9, 1e-8, step))
     settled = (ADDED / (1 - 0.9)) ** 0.5
     assert shard.exp_avg_sq_scale.item() == pytest.approx(settled, rel=SETTLED_ROOT_RELATIVE)
     assert shard.exp_avg_sq[3] == 255 and shard.exp_avg_sq.count_nonzero() == 2
@@ -131,7 +130,7 @@ def test_a_root_of_2_to_40_overflows_and_poisons_its_group_for_good(
     assert_same_bits(shard.exp_avg_sq_scale, torch.cat([NAN_SCALE, bf16([0x3F80])]))
     assert shard.param.isnan().nonzero().flatten().tolist() == [3]
     shard.grad.zero_()
-    _step(shard, AdamHyper(1.0, 0.0, 0.9, 0.9, 1e-8, 2))
+    _step(shard, adam_row(1.0, 0.0, 0.9, 0.9, 1e-8, 2))
     assert shard.param[:GROUP].isnan().all() and shard.param[GROUP:].isfinite().all()
     assert shard.exp_avg_sq_scale.isnan().tolist() == [True, False]
 
@@ -146,7 +145,7 @@ def test_the_largest_root_that_a_step_computes_is_just_below_2_to_40(
     assert shard.param.view(2, GROUP)[:, 3].tolist() == [-1.0, 1.0]
     # Its scale, rounded up, is 2^40: a beta2 below 1 keeps the next step within range.
     shard.grad.zero_()
-    _step(shard, AdamHyper(1.0, 0.0, 0.9, 0.999, 1e-8, 2))
+    _step(shard, adam_row(1.0, 0.0, 0.9, 0.999, 1e-8, 2))
     assert shard.param.isfinite().all() and shard.exp_avg_sq_scale.isfinite().all()
 
 

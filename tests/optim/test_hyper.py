@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_flashoptim.codec import rounding, spec
 from megatron_flashoptim.kernels import columns
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
+from megatron_flashoptim.optim.rules import rule_of
 
-ROWS = [
-    AdamHyper(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=1),
-    AdamHyper(lr=3e-7, weight_decay=0.0, beta1=0.0, beta2=0.999, eps=1e-15, step=100_000),
-    AdamHyper(2.0, 0.01, 0.5, 0.5, 0.0, step=3, bias_correction=False),
+GROUPS: list[dict[str, Any]] = [
+    {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "step": 1},
+    {"lr": 3e-7, "weight_decay": 0.0, "betas": (0.0, 0.999), "eps": 1e-15, "step": 100_000},
+    {"lr": 2.0, "weight_decay": 0.01, "betas": (0.5, 0.5), "eps": 0.0, "step": 3},
 ]
+RULE = rule_of("flash_adamw")
+ROWS = [HyperRow.of(RULE, group) for group in GROUPS]
+BETAS = [group["betas"] for group in GROUPS]
+STEP_SIZE, DECAY, BETA1, REST1, ROOT_BETA2, ROOT_REST2, EPS, PER_ROOT = range(columns.VALUES)
 
 
 def _filled(seed: int = 7) -> HyperTable:
@@ -29,36 +36,37 @@ def _column(table: HyperTable, column: int) -> list[np.float32]:
 
 def test_every_value_is_read_back_rounded_to_fp32() -> None:
     table = _filled()
-    for column, name in ((columns.BETA1, "beta1"), (columns.EPS, "eps")):
-        assert _column(table, column) == [np.float32(getattr(row, name)) for row in ROWS], name
+    assert _column(table, BETA1) == [np.float32(beta1) for beta1, _ in BETAS]
+    assert _column(table, EPS) == [np.float32(group["eps"]) for group in GROUPS]
 
 
 def test_decay_is_the_learning_rate_times_the_weight_decay_in_one_rounding() -> None:
-    products = [np.float32(row.lr * row.weight_decay) for row in ROWS]
-    assert _column(_filled(), columns.DECAY) == products
+    products = [np.float32(group["lr"] * group["weight_decay"]) for group in GROUPS]
+    assert _column(_filled(), DECAY) == products
 
 
 def test_complements_and_roots_of_the_betas_are_taken_before_rounding() -> None:
     """1 - beta2 from fp32 beta2 = 0.999 would be off by 5e-5."""
     table = _filled()
     for column, expected in (
-        (columns.ONE_MINUS_BETA1, [1 - row.beta1 for row in ROWS]),
-        (columns.SQRT_BETA2, [row.beta2**0.5 for row in ROWS]),
-        (columns.SQRT_ONE_MINUS_BETA2, [(1 - row.beta2) ** 0.5 for row in ROWS]),
+        (REST1, [1 - beta1 for beta1, _ in BETAS]),
+        (ROOT_BETA2, [beta2**0.5 for _, beta2 in BETAS]),
+        (ROOT_REST2, [(1 - beta2) ** 0.5 for _, beta2 in BETAS]),
     ):
         assert _column(table, column) == [np.float32(value) for value in expected]
 
 
-def test_step_sizes_are_the_learning_rate_over_1_minus_beta1_to_the_step() -> None:
-    sizes = _column(_filled(), columns.STEP_SIZE)
-    assert sizes[:2] == [np.float32(r.lr / (1 - r.beta1**r.step)) for r in ROWS[:2]]
-    assert sizes[2] == np.float32(ROWS[2].lr)  # no bias correction asked for
+def test_bias_corrections_are_of_the_step() -> None:
+    sizes = [g["lr"] / (1 - g["betas"][0] ** g["step"]) for g in GROUPS]
+    assert _column(_filled(), STEP_SIZE) == [np.float32(size) for size in sizes]
+    second = [(1 - g["betas"][1] ** g["step"]) ** -0.5 for g in GROUPS]
+    assert _column(_filled(), PER_ROOT) == [np.float32(value) for value in second]
 
 
-def test_second_bias_corrections_are_inverse_roots_of_1_minus_beta2_to_the_step() -> None:
-    second = _column(_filled(), columns.INVERSE_SQRT_BIAS_CORRECTION2)
-    assert second[:2] == [np.float32((1 - r.beta2**r.step) ** -0.5) for r in ROWS[:2]]
-    assert second[2] == 1  # no bias correction asked for
+def test_columns_that_a_rule_does_not_use_are_zero() -> None:
+    table = HyperTable(1, "cpu")
+    table.fill([HyperRow((1.0, 2.0), 1)], seed=0)
+    assert table.values[0, : columns.VALUES].tolist() == [1.0, 2.0] + [0.0] * 6
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**40])
@@ -76,8 +84,8 @@ def test_keys_are_those_of_seed_step_and_stream(seed: int) -> None:
 def test_values_and_keys_are_one_storage_of_distinct_columns() -> None:
     table = _filled()
     assert table.values.data_ptr() == table.keys.data_ptr()
-    numbers = [n for name, n in vars(columns).items() if name.isupper() and name != "COLUMNS"]
-    assert sorted(numbers) == list(range(columns.COLUMNS))
+    keys = [columns.KEY_EXP_AVG_SQ, columns.KEY_MASTER]
+    assert [*range(columns.VALUES), *keys] == list(range(columns.COLUMNS))
     assert table.keys.shape == (3, columns.COLUMNS)
 
 

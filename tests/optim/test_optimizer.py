@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import adam_row
 from shards import (
     GROUP,
     GuardedShard,
@@ -18,9 +19,9 @@ from shards import (
 )
 
 from megatron_flashoptim.optim import FlashOptimConfig, FlashOptimizer
-from megatron_flashoptim.optim.adamw import reference_adamw_step_
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim.hyper import HyperTable
 from megatron_flashoptim.optim.segments import SegmentTable
+from megatron_flashoptim.optim.step import reference_step_
 
 # Rows 0 and 1 in turn, in one bucket.
 PARAMETERS = (
@@ -90,10 +91,8 @@ def test_param_groups_in_one_bucket_step_by_their_own_hyper_parameters() -> None
         for step in (1, 2, 3):
             generator = torch.Generator().manual_seed(100 * step)
             alone.grad.copy_(torch.randn(GROUPS * GROUP, generator=generator)[window])
-            table.fill([AdamHyper(lr, decay, 0.9, 0.95, 1e-8, step)], seed=5)
-            reference_adamw_step_(
-                alone, table, exp_avg_sq_rounding="nearest", master_rounding="nearest"
-            )
+            table.fill([adam_row(lr, decay, 0.9, 0.95, 1e-8, step)], seed=5)
+            reference_step_(alone, table, exp_avg_sq_rounding="nearest", master_rounding="nearest")
         assert is_unchanged(together.param[window], alone.param)
         assert is_unchanged(together.correction[window], alone.correction)
         assert is_unchanged(together.exp_avg[window], alone.exp_avg)
@@ -161,7 +160,7 @@ def test_a_param_group_counts_its_own_steps() -> None:
     shard = _shard()
     optimizer = _optimizer(shard, groups=_groups(step=40))
     _run(optimizer, 1)
-    packed = AdamHyper(1e-3, 0.0, 0.9, 0.95, 1e-8, 41).row(seed=5)
+    packed = adam_row(1e-3, 0.0, 0.9, 0.95, 1e-8, 41).pack(seed=5)
     assert bytes(optimizer.table.keys[1].numpy().tobytes()) == packed
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bitwise import assert_same_bits, fp32_ulp
+from rows import adam_row
 from shards import GROUP, GuardedShard, Parameter, is_unchanged, master_weight, segments_of, tensors
 from tolerances import ADAMW_UPDATE_RELATIVE, DRIFT_BIAS, DRIFT_RELATIVE_L2
 
 from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, spec
-from megatron_flashoptim.optim import FlashOptimConfig, adamw
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.optim import FlashOptimConfig
+from megatron_flashoptim.optim import step as one_step
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
+from megatron_flashoptim.optim.rules import rule_of
 
 PARAMETERS = (
     Parameter(start=0, groups=5, row=0, tensor_id=1),
@@ -23,12 +28,17 @@ GRAD_SCALE = (0.7, 1.0, 1e-4)
 NEAREST = {"exp_avg_sq_rounding": "nearest", "master_rounding": "nearest"}
 
 
-def _rows(step: int) -> list[AdamHyper]:
-    return [
-        AdamHyper(1e-3, 0.1, 0.9, 0.95, 1e-8, step),
-        AdamHyper(3e-2, 0.0, 0.8, 0.99, 1e-3, step + 4),
-        AdamHyper(5e-4, 0.3, 0.0, 0.5, 1e-15, step, bias_correction=False),
-    ]
+# Three that differ in everything; the last has taken so many steps that nothing is corrected.
+OPTIONS: list[dict[str, Any]] = [
+    {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "step": 0},
+    {"lr": 3e-2, "weight_decay": 0.0, "betas": (0.8, 0.99), "eps": 1e-3, "step": 4},
+    {"lr": 5e-4, "weight_decay": 0.3, "betas": (0.0, 0.5), "eps": 1e-15, "step": 10**4},
+]
+
+
+def _rows(step: int) -> list[HyperRow]:
+    groups = [{**options, "step": options["step"] + step} for options in OPTIONS]
+    return [HyperRow.of(rule_of("flash_adamw"), group) for group in groups]
 
 
 def _shard(
@@ -88,16 +98,15 @@ def test_every_step_is_the_formula_in_fp64_up_to_counted_roundings(
         v = decode_exp_avg_sq(shard.exp_avg_sq, shard.exp_avg_sq_scale, code=code).double()
         shard.grad.copy_(_gradient(step))
         gradient = shard.grad.double() * grad_scale
-        adamw.reference_adamw_step_(shard, _table(step), **NEAREST)
+        one_step.reference_step_(shard, _table(step), **NEAREST)
 
-        def of_row(name: str, step: int = step) -> torch.Tensor:
-            values = [getattr(row, name) for row in _rows(step)]
+        def of_row(name: str) -> torch.Tensor:
+            values = [options[name] for options in OPTIONS]
             return torch.tensor(values, dtype=torch.float64)[per_group]
 
-        beta1, beta2, lr, count = (of_row(n) for n in ("beta1", "beta2", "lr", "step"))
-        corrects = of_row("bias_correction") == 1
-        correction1 = torch.where(corrects, 1 - beta1**count, 1.0)
-        correction2 = torch.where(corrects, 1 - beta2**count, 1.0)
+        lr, count = of_row("lr"), of_row("step") + step
+        beta1, beta2 = of_row("betas").unbind(dim=1)
+        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         new_m = beta1 * m + (1 - beta1) * gradient
         new_v = beta2 * v + (1 - beta2) * gradient**2
         denominator = (new_v / correction2).sqrt() + of_row("eps")
@@ -130,10 +139,8 @@ def test_zero_gradients_without_decay_change_no_bit(
     shard = _shard(dtype)
     before = {name: tensor.clone() for name, tensor in tensors(shard)}
     table = HyperTable(3, "cpu")
-    table.fill([AdamHyper(0.1, 0.0, 0.9, 0.95, 1e-8, 1)] * 3, seed=0)
-    adamw.reference_adamw_step_(
-        shard, table, exp_avg_sq_rounding=rounding, master_rounding=rounding
-    )
+    table.fill([adam_row(0.1, 0.0, 0.9, 0.95, 1e-8, 1)] * 3, seed=0)
+    one_step.reference_step_(shard, table, exp_avg_sq_rounding=rounding, master_rounding=rounding)
     for name, tensor in tensors(shard):
         assert is_unchanged(tensor, before[name]), name
 
@@ -148,12 +155,12 @@ def test_a_skipped_step_changes_no_bit_whatever_the_gradients(
     table = _table(1)
     options = {"exp_avg_sq_rounding": rounding, "master_rounding": rounding}
     shard.grad.copy_(_gradient(1))
-    adamw.reference_adamw_step_(shard, table, **options)
+    one_step.reference_step_(shard, table, **options)
     before = {name: tensor.clone() for name, tensor in tensors(shard)}
     shard.grad[::3] = torch.nan
     shard.grad[1::3] = torch.inf
     table.skip.fill_(skip)
-    adamw.reference_adamw_step_(shard, table, **options)
+    one_step.reference_step_(shard, table, **options)
     for name, tensor in tensors(shard):
         assert is_unchanged(tensor, before[name]), name
 
@@ -162,9 +169,9 @@ def test_decay_alone_shrinks_weights_by_lr_times_decay_where_it_is_not_zero() ->
     shard = _shard(torch.bfloat16, 32)
     before = master_weight(shard)
     table = HyperTable(3, "cpu")
-    rows = [AdamHyper(0.01, decay, 0.9, 0.95, 1e-8, 1) for decay in (0.5, 0.0, 0.25)]
+    rows = [adam_row(0.01, decay, 0.9, 0.95, 1e-8, 1) for decay in (0.5, 0.0, 0.25)]
     table.fill(rows, seed=0)
-    adamw.reference_adamw_step_(shard, table, **NEAREST)
+    one_step.reference_step_(shard, table, **NEAREST)
     after = master_weight(shard).double()
     factor = torch.tensor([1 - 0.005, 1.0, 1 - 0.0025], dtype=torch.float64)
     row = shard.segments.per_group(shard.segments.row).repeat_interleave(GROUP)
@@ -179,11 +186,11 @@ def test_bits_do_not_depend_on_how_many_groups_the_reference_takes_at_once(
     rounding = {"exp_avg_sq_rounding": "stochastic", "master_rounding": "stochastic"}
     results = []
     for chunk in (1 << 15, 64, 7):
-        monkeypatch.setattr(adamw, "_REFERENCE_CHUNK", chunk)
+        monkeypatch.setattr(one_step, "_REFERENCE_CHUNK", chunk)
         shard = _shard(torch.bfloat16)
         for step in (1, 2):
             shard.grad.copy_(_gradient(step))
-            adamw.reference_adamw_step_(shard, _table(step), **rounding)
+            one_step.reference_step_(shard, _table(step), **rounding)
         shard.check_guards()
         results.append(shard)
     for other in results[1:]:
@@ -219,10 +226,10 @@ def test_update_drifts_from_exact_adamw_by_no_more_than_measured(
     error = norm = 0.0
     for step in range(1, steps + 1):
         gradient = torch.randn(8192, generator=generator) * sigma * decay ** (-step / steps)
-        table.fill([AdamHyper(1.0, 0.0, beta1, beta2, 0.0, step)], seed=0)
+        table.fill([adam_row(1.0, 0.0, beta1, beta2, 0.0, step)], seed=0)
         shard.param.zero_()
         shard.grad.copy_(gradient)
-        adamw.reference_adamw_step_(
+        one_step.reference_step_(
             shard, table, exp_avg_sq_rounding=rounding, master_rounding="nearest"
         )
         m = beta1 * m + (1 - beta1) * gradient.double()
@@ -245,8 +252,8 @@ def _root_left_of_exact(
     gradient = torch.randn(1024, generator=torch.Generator().manual_seed(0))
     shard.grad.copy_(gradient)
     for step in range(1, steps + 2):
-        table.fill([AdamHyper(0.0, 0.0, 0.9, beta2, 1e-8, step)], seed=0)
-        adamw.reference_adamw_step_(
+        table.fill([adam_row(0.0, 0.0, 0.9, beta2, 1e-8, step)], seed=0)
+        one_step.reference_step_(
             shard, table, exp_avg_sq_rounding=rounding, master_rounding="nearest"
         )
         shard.grad.zero_()

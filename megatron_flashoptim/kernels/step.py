@@ -1,4 +1,8 @@
-"""Fused AdamW step on one bucket shard: one launch reads and writes everything in place."""
+"""Fused step on one bucket shard: one launch reads and writes everything in place.
+
+What the step computes is the update rule's, two Triton functions that the kernel is given; what is
+here is the same for all: segments, tiles, decoding, encoding.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -12,23 +16,13 @@ import triton.language as tl
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.codec.moments import exp_avg_sq_step
 from megatron_flashoptim.kernels import codec, columns
-from megatron_flashoptim.kernels.arithmetic import fma, reciprocal, square_root
 from megatron_flashoptim.kernels.bytes import store_group_scale
 
-STEP_SIZE = tl.constexpr(columns.STEP_SIZE)
-DECAY = tl.constexpr(columns.DECAY)
-BETA1 = tl.constexpr(columns.BETA1)
-ONE_MINUS_BETA1 = tl.constexpr(columns.ONE_MINUS_BETA1)
-SQRT_BETA2 = tl.constexpr(columns.SQRT_BETA2)
-SQRT_ONE_MINUS_BETA2 = tl.constexpr(columns.SQRT_ONE_MINUS_BETA2)
-EPS = tl.constexpr(columns.EPS)
-INVERSE_SQRT_BIAS_CORRECTION2 = tl.constexpr(columns.INVERSE_SQRT_BIAS_CORRECTION2)
 KEY_EXP_AVG_SQ = tl.constexpr(columns.KEY_EXP_AVG_SQ)
 KEY_MASTER = tl.constexpr(columns.KEY_MASTER)
 
 UNIT = tl.constexpr(spec.STEP_UNIT)
 INVERSE_UNIT = tl.constexpr(1 / spec.STEP_UNIT)
-ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO)
 ROOT_OF_ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO**0.5)
 EXP_AVG_SQ_STEP = tl.constexpr(exp_avg_sq_step("sqrt"))
 FOURTH_ROOT_STEP = tl.constexpr(exp_avg_sq_step("fourth_root"))
@@ -63,7 +57,7 @@ LARGE_NUMEL = 1 << 26
 
 
 @triton.jit
-def _adamw_step_kernel(
+def _step_kernel(
     param_ptr,
     correction_ptr,
     grad_ptr,
@@ -81,6 +75,9 @@ def _adamw_step_kernel(
     segment_group_shift_ptr,
     entry_segment_ptr,
     num_groups,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    HAS_EXP_AVG_SQ: tl.constexpr,
     MASTER_BITS: tl.constexpr,
     FOURTH_ROOT: tl.constexpr,
     STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
@@ -130,6 +127,9 @@ def _adamw_step_kernel(
                 program * TILES,
                 start,
                 end,
+                PREPARE=PREPARE,
+                UPDATE=UPDATE,
+                HAS_EXP_AVG_SQ=HAS_EXP_AVG_SQ,
                 MASTER_BITS=MASTER_BITS,
                 FOURTH_ROOT=FOURTH_ROOT,
                 STOCHASTIC_EXP_AVG_SQ=STOCHASTIC_EXP_AVG_SQ,
@@ -160,6 +160,9 @@ def _step_segment(
     first_tile,
     start,
     end,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    HAS_EXP_AVG_SQ: tl.constexpr,
     MASTER_BITS: tl.constexpr,
     FOURTH_ROOT: tl.constexpr,
     STOCHASTIC_EXP_AVG_SQ: tl.constexpr,
@@ -170,16 +173,7 @@ def _step_segment(
     GROUP: tl.constexpr,
 ):
     """Step the groups from ``start`` to ``end``, all of one parameter, tile by tile."""
-    grad_scale = tl.load(grad_scale_ptr)
-    beta1 = tl.load(hyper + BETA1)
-    m_grad_scale = grad_scale * tl.load(hyper + ONE_MINUS_BETA1)
-    root_step = tl.load(hyper + SQRT_BETA2)
-    # Roots of v come in units of UNIT.
-    root_grad_scale = grad_scale * (tl.load(hyper + SQRT_ONE_MINUS_BETA2) * INVERSE_UNIT)
-    per_root = tl.load(hyper + INVERSE_SQRT_BIAS_CORRECTION2) * UNIT
-    eps = tl.load(hyper + EPS)
-    step_size = tl.load(hyper + STEP_SIZE)
-    decay = tl.load(hyper + DECAY)
+    scalars = PREPARE(hyper, grad_scale_ptr)
     if STOCHASTIC_EXP_AVG_SQ or STOCHASTIC_MASTER:
         tensor_id = tl.load(tensor_id_ptr)
         group_shift = tl.load(group_shift_ptr)
@@ -194,9 +188,11 @@ def _step_segment(
         if MASTER_BITS > 16:
             correction = tl.load(correction_ptr + element_start + offsets, mask=mask, other=0)
         exp_avg = tl.load(exp_avg_ptr + element_start + offsets, mask=mask, other=0)
-        exp_avg_sq = tl.load(exp_avg_sq_ptr + element_start + offsets, mask=mask, other=0)
+        if HAS_EXP_AVG_SQ:
+            exp_avg_sq = tl.load(exp_avg_sq_ptr + element_start + offsets, mask=mask, other=0)
         exp_avg_scale = tl.load(exp_avg_scale_ptr + group, mask=owned, other=0.0)
-        exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=owned, other=0.0)
+        if HAS_EXP_AVG_SQ:
+            exp_avg_sq_scale = tl.load(exp_avg_sq_scale_ptr + group, mask=owned, other=0.0)
 
         # Decode.
         if grad_ptr.dtype.element_ty == tl.bfloat16:
@@ -209,17 +205,17 @@ def _step_segment(
             weight = codec.bf16_to_fp32(param)
         else:
             weight = codec.join_master(param, correction, MASTER_BITS=MASTER_BITS)
-        m_scale = codec.bf16_to_fp32(exp_avg_scale) * beta1
-        root_scale = codec.bf16_to_fp32(exp_avg_sq_scale) * INVERSE_UNIT
-        root_scale = root_scale * (FOURTH_ROOT_STEP if FOURTH_ROOT else EXP_AVG_SQ_STEP)
-        root = codec.decode_root(exp_avg_sq, root_scale * root_step, FOURTH_ROOT=FOURTH_ROOT)
-
-        # AdamW.
-        m = fma(m_scale[:, None], codec.decode_exp_avg(exp_avg), g * m_grad_scale)
-        g = g * root_grad_scale
-        root = square_root(fma(root, root, fma(g, g, ZERO)))
-        inverse = reciprocal(fma(root, per_root, eps))
-        weight = weight - fma(m * step_size, inverse, decay * weight)
+        scale = codec.bf16_to_fp32(exp_avg_scale)
+        if HAS_EXP_AVG_SQ:
+            # Roots of v come in units of UNIT.
+            root_of_level = codec.bf16_to_fp32(exp_avg_sq_scale) * INVERSE_UNIT
+            root_of_level *= FOURTH_ROOT_STEP if FOURTH_ROOT else EXP_AVG_SQ_STEP
+            weight, m, root = UPDATE(
+                scalars, weight, g, exp_avg, scale, exp_avg_sq, root_of_level, FOURTH_ROOT
+            )
+        else:
+            weight, m = UPDATE(scalars, weight, g, exp_avg, scale)
+            weight = _kept_in_one_layout(weight)
 
         # Encode and store.
         draw = 0
@@ -233,17 +229,18 @@ def _step_segment(
         code, scale = codec.encode_exp_avg(m)
         tl.store(exp_avg_ptr + element_start + offsets, code, mask=mask)
         store_group_scale(exp_avg_scale_ptr, group, scale, owned)
-        code, scale = codec.encode_exp_avg_sq(
-            root,
-            ROOT_OF_ZERO,
-            UNIT,
-            draw,
-            scale_draw,
-            FOURTH_ROOT=FOURTH_ROOT,
-            STOCHASTIC=STOCHASTIC_EXP_AVG_SQ,
-        )
-        tl.store(exp_avg_sq_ptr + element_start + offsets, code, mask=mask)
-        store_group_scale(exp_avg_sq_scale_ptr, group, scale, owned)
+        if HAS_EXP_AVG_SQ:
+            code, scale = codec.encode_exp_avg_sq(
+                root,
+                ROOT_OF_ZERO,
+                UNIT,
+                draw,
+                scale_draw,
+                FOURTH_ROOT=FOURTH_ROOT,
+                STOCHASTIC=STOCHASTIC_EXP_AVG_SQ,
+            )
+            tl.store(exp_avg_sq_ptr + element_start + offsets, code, mask=mask)
+            store_group_scale(exp_avg_sq_scale_ptr, group, scale, owned)
         if MASTER_BITS == 0:
             tl.store(param_ptr + element_start + offsets, weight, mask=mask)
         else:
@@ -259,6 +256,18 @@ def _step_segment(
 
 
 @triton.jit
+def _kept_in_one_layout(weight):
+    """Return the weight: two operations for Triton to count, of which the machine executes none.
+
+    The tile is computed in the layout of the codes, 16 to a thread, and bf16 weights are stored 8
+    to a thread. Where a rule is short Triton would rather compute it once more in the other layout
+    than convert 1 KiB: half as many instructions again, seen with scripts/compile_step.py.
+    """
+    bits = weight.to(tl.int32, bitcast=True)
+    return (bits & (bits | 1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _tile(tile, start, end, GROUPS: tl.constexpr, GROUP: tl.constexpr):
     """Return where a tile lies: its first element, and its elements, groups and owned groups."""
     # Offsets within the tile fit 32 bits; its start may not.
@@ -269,8 +278,8 @@ def _tile(tile, start, end, GROUPS: tl.constexpr, GROUP: tl.constexpr):
     return element_start, offsets, group, (group >= start) & (group < end)
 
 
-class AdamWStep:
-    """The fused AdamW step on the tensors of one shard, launched by calling it.
+class FusedStep:
+    """The fused step on the tensors of one shard, launched by calling it.
 
     The first call compiles the kernel, or finds it compiled; later ones hand the same arguments to
     the compiled kernel, without Triton looking at each of them again.
@@ -281,8 +290,8 @@ class AdamWStep:
         grad: bf16 or fp32, n elements.
         exp_avg: int8, n elements (modified in place).
         exp_avg_scale: bf16, n / 32 elements (modified in place).
-        exp_avg_sq: uint8, n elements (modified in place).
-        exp_avg_sq_scale: bf16, n / 32 elements (modified in place).
+        exp_avg_sq: uint8, n elements, or None (modified in place).
+        exp_avg_sq_scale: bf16, n / 32 elements, or None (modified in place).
         hyper: fp32 ``(rows, columns)`` of ``optim.hyper.HyperTable``.
         keys: int32 view of ``hyper``.
         grad_scale: fp32 ``(rows,)``.
@@ -292,15 +301,13 @@ class AdamWStep:
         segment_tensor_id: key of the parameter.
         segment_group_shift: group number in the parameter minus group number in the shard.
         entry_segment: int32, entries + 1 elements.
+        prepare, update: Triton functions of the rule, see ``optim.rules.rule``.
         groups_per_entry: groups per entry of ``entry_segment``.
         master_bits: 16, 24 or 32; ignored for an fp32 ``param``.
         fourth_root: code of the second moment, see ``codec.spec``.
         stochastic_exp_avg_sq: round the second moment stochastically.
         stochastic_master: round the master weight stochastically.
         geometry: how the launch divides its work; chosen by the size of the shard if None.
-
-    Formula: AdamW as Transformer Engine's FusedAdam with ``adam_w_mode``, all in fp32:
-    ``w -= lr * (m / bc1 / (sqrt(v / bc2) + eps) + weight_decay * w)``.
     """
 
     def __init__(
@@ -310,8 +317,8 @@ class AdamWStep:
         grad: torch.Tensor,
         exp_avg: torch.Tensor,
         exp_avg_scale: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
-        exp_avg_sq_scale: torch.Tensor,
+        exp_avg_sq: torch.Tensor | None,
+        exp_avg_sq_scale: torch.Tensor | None,
         hyper: torch.Tensor,
         keys: torch.Tensor,
         grad_scale: torch.Tensor,
@@ -322,6 +329,8 @@ class AdamWStep:
         segment_group_shift: torch.Tensor,
         entry_segment: torch.Tensor,
         *,
+        prepare: Any,
+        update: Any,
         groups_per_entry: int,
         master_bits: int,
         fourth_root: bool,
@@ -354,6 +363,9 @@ class AdamWStep:
             segment_group_shift,
             entry_segment,
             num_groups,
+            prepare,
+            update,
+            exp_avg_sq is not None,
             0 if param.dtype == torch.float32 else master_bits,
             fourth_root,
             stochastic_exp_avg_sq,
@@ -376,6 +388,6 @@ class AdamWStep:
         """Step once, asynchronously."""
         if self._compiled is None:
             # None again in Triton's interpreter, which compiles nothing.
-            self._compiled = _adamw_step_kernel[self._grid](*self._arguments, **self._options)
+            self._compiled = _step_kernel[self._grid](*self._arguments, **self._options)
         else:
             self._compiled[self._grid](*self._arguments)

@@ -1,4 +1,4 @@
-"""AdamW on one bucket shard: the fused kernel on GPU tensors, the reference on CPU tensors."""
+"""One step of a bucket shard: the fused kernel on GPU tensors, the reference on CPU tensors."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import torch
 
 from megatron_flashoptim.codec import moments, rounding, spec
 from megatron_flashoptim.codec.master import join_master, split_master_with_draws
-from megatron_flashoptim.codec.rounding import fma_fp32 as fma
 from megatron_flashoptim.kernels import columns
 from megatron_flashoptim.optim.hyper import HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
 
 if TYPE_CHECKING:
-    from megatron_flashoptim.kernels.adamw import Geometry
+    from megatron_flashoptim.kernels.step import Geometry
 
 # Groups the reference works on at once: bounds its temporary memory to about 100 MB.
 _REFERENCE_CHUNK = 1 << 15
 
 
-def adamw_step_(
+def step_(
     shard: BucketShard,
     table: HyperTable,
     *,
@@ -38,14 +37,14 @@ def adamw_step_(
     if not shard.segments:
         return  # the shard is padding only
     if shard.param.is_cuda:
-        launch_adamw_kernel_(
+        launch_step_kernel_(
             shard,
             table,
             exp_avg_sq_rounding=exp_avg_sq_rounding,
             master_rounding=master_rounding,
         )
     else:
-        reference_adamw_step_(
+        reference_step_(
             shard,
             table,
             exp_avg_sq_rounding=exp_avg_sq_rounding,
@@ -53,7 +52,7 @@ def adamw_step_(
         )
 
 
-def launch_adamw_kernel_(
+def launch_step_kernel_(
     shard: BucketShard,
     table: HyperTable,
     *,
@@ -93,10 +92,12 @@ def launch_adamw_kernel_(
     made_for, launch = shard.launches.get(options, (None, None))
     if launch is None or any(was is not now for was, now in zip(made_for, tensors, strict=True)):
         # Imported here so that a machine without Triton can use the reference.
-        from megatron_flashoptim.kernels.adamw import AdamWStep
+        from megatron_flashoptim.kernels.step import FusedStep
 
-        launch = AdamWStep(
+        launch = FusedStep(
             *tensors,
+            prepare=shard.rule.prepare,
+            update=shard.rule.update,
             groups_per_entry=segments.groups_per_entry,
             master_bits=shard.master_bits,
             fourth_root=shard.exp_avg_sq_code == "fourth_root",
@@ -108,7 +109,7 @@ def launch_adamw_kernel_(
     launch()
 
 
-def reference_adamw_step_(
+def reference_step_(
     shard: BucketShard,
     table: HyperTable,
     *,
@@ -167,49 +168,38 @@ def _reference_step_groups_(
     def tile(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[elements].view(-1, spec.GROUP_SIZE)
 
-    def column(index: int) -> torch.Tensor:
-        return table.values[row, index].unsqueeze(1)
-
     param = tile(shard.param)
     correction = None if shard.correction is None else tile(shard.correction)
     is_fp32 = param.dtype == torch.float32
     weight = param if is_fp32 else join_master(param, correction)
     grad = tile(shard.grad).to(torch.float32)
     grad_scale = table.grad_scale[row].unsqueeze(1)
-    exp_avg_scale = shard.exp_avg_scale[groups].to(torch.float32).unsqueeze(1)
-    # Second moments are computed in units of STEP_UNIT squared.
-    root_scale = shard.exp_avg_sq_scale[groups].to(torch.float32).unsqueeze(1) / spec.STEP_UNIT
-    step_size = root_scale * moments.exp_avg_sq_step(code) * column(columns.SQRT_BETA2)
-
-    m = fma(
-        column(columns.BETA1) * exp_avg_scale,
-        moments.exp_avg_ratio(tile(shard.exp_avg)),
-        grad * (grad_scale * column(columns.ONE_MINUS_BETA1)),
-    )
-    root = step_size * moments.exp_avg_sq_level(tile(shard.exp_avg_sq), code=code)
-    weighted = grad * (grad_scale * (column(columns.SQRT_ONE_MINUS_BETA2) / spec.STEP_UNIT))
-    zero = torch.full_like(weighted, spec.STEP_EXP_AVG_SQ_ZERO)
-    v = fma(root, root, fma(weighted, weighted, zero))
-    root = torch.where(v.isinf(), torch.nan, rounding.sqrt_fp32(v))
-    per_root = column(columns.INVERSE_SQRT_BIAS_CORRECTION2) * spec.STEP_UNIT
-    denominator = fma(root, per_root, column(columns.EPS))
-    decay = column(columns.DECAY) * weight
-    inverse = rounding.reciprocal_fp32(denominator)
-    weight = weight - fma(m * column(columns.STEP_SIZE), inverse, decay)
+    hyper = table.values[row, : columns.VALUES].unsqueeze(1).unbind(dim=2)
+    ratio = moments.exp_avg_ratio(tile(shard.exp_avg))
+    scale = shard.exp_avg_scale[groups].to(torch.float32).unsqueeze(1)
+    arguments = [hyper, grad_scale, weight, grad, ratio, scale]
+    if shard.exp_avg_sq is not None and shard.exp_avg_sq_scale is not None:
+        # Second moments are computed in units of STEP_UNIT squared.
+        root_scale = shard.exp_avg_sq_scale[groups].to(torch.float32).unsqueeze(1) / spec.STEP_UNIT
+        level = moments.exp_avg_sq_level(tile(shard.exp_avg_sq), code=code)
+        arguments += [level, root_scale * moments.exp_avg_sq_step(code)]
+    weight, m, *roots = shard.rule.reference(*arguments)
 
     codes, scale = moments.encode_exp_avg_groups(m)
     tile(shard.exp_avg).copy_(codes)
     shard.exp_avg_scale[groups].copy_(scale)
-    draw = scale_draw = None
-    if stochastic_exp_avg_sq:
-        keys = bits.group_keys(columns.KEY_EXP_AVG_SQ)
-        draw, scale_draw = rounding.element_draws(keys), rounding.scale_draws(keys)
-    root = torch.where(root == spec.STEP_EXP_AVG_SQ_ZERO**0.5, 0.0, root * spec.STEP_UNIT)
-    codes, scale = moments.encode_exp_avg_sq_groups(
-        root, code=code, draw=draw, scale_draw=scale_draw
-    )
-    tile(shard.exp_avg_sq).copy_(codes)
-    shard.exp_avg_sq_scale[groups].copy_(scale)
+    if shard.exp_avg_sq is not None and shard.exp_avg_sq_scale is not None:
+        (root,) = roots
+        draw = scale_draw = None
+        if stochastic_exp_avg_sq:
+            keys = bits.group_keys(columns.KEY_EXP_AVG_SQ)
+            draw, scale_draw = rounding.element_draws(keys), rounding.scale_draws(keys)
+        root = torch.where(root == spec.STEP_EXP_AVG_SQ_ZERO**0.5, 0.0, root * spec.STEP_UNIT)
+        codes, scale = moments.encode_exp_avg_sq_groups(
+            root, code=code, draw=draw, scale_draw=scale_draw
+        )
+        tile(shard.exp_avg_sq).copy_(codes)
+        shard.exp_avg_sq_scale[groups].copy_(scale)
     if is_fp32:
         param.copy_(weight)
         return

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rows import adam_row
 from shards import GROUP, GuardedShard, Parameter, assert_same_state, is_unchanged, segments_of
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.kernels.adamw import LARGE, SMALL, Geometry
-from megatron_flashoptim.optim.adamw import launch_adamw_kernel_, reference_adamw_step_
-from megatron_flashoptim.optim.hyper import AdamHyper, HyperTable
+from megatron_flashoptim.kernels.step import LARGE, SMALL, Geometry
+from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
+from megatron_flashoptim.optim.step import launch_step_kernel_, reference_step_
 
 # Two whole tiles of 64 groups and a part of a third. Padding lies before the first parameter and
 # after two others; five parameters meet the first tile, one begins with the second, one spans two.
@@ -65,12 +66,12 @@ def _shard(
     )
 
 
-def _hyper(step: int) -> list[AdamHyper]:
+def _hyper(step: int) -> list[HyperRow]:
     """Three rows that differ in everything."""
     return [
-        AdamHyper(1e-3, 0.1, 0.9, 0.95, 1e-8, step),
-        AdamHyper(3e-2, 0.0, 0.8, 0.999, 1e-5, step + 10),
-        AdamHyper(5e-4, 0.3, 0.0, 0.5, 1e-15, step, bias_correction=False),
+        adam_row(1e-3, 0.1, 0.9, 0.95, 1e-8, step),
+        adam_row(3e-2, 0.0, 0.8, 0.999, 1e-5, step + 10),
+        adam_row(5e-4, 0.3, 0.0, 0.5, 1e-15, step, bias_correction=False),
     ]
 
 
@@ -102,8 +103,8 @@ def _check_against_reference(
         table.fill(_hyper(step), seed=3)
         reference_table.fill(_hyper(step), seed=3)
         values = table.keys.clone()
-        launch_adamw_kernel_(kernel, table, **rounding, geometry=geometry)
-        reference_adamw_step_(reference, reference_table, **rounding)
+        launch_step_kernel_(kernel, table, **rounding, geometry=geometry)
+        reference_step_(reference, reference_table, **rounding)
         assert_same_state(kernel, reference, f"step {step}:")
         assert is_unchanged(kernel.grad, grad)
         assert torch.equal(table.keys, values)
@@ -261,7 +262,7 @@ def test_a_skipped_step_changes_nothing(device: str) -> None:
         table.skip.fill_(step - 1)
         before = {name: tensor.clone() for name, tensor in shard.state()}
         weights = shard.param.clone()
-        launch_adamw_kernel_(shard, table, **STOCHASTIC)
+        launch_step_kernel_(shard, table, **STOCHASTIC)
         same = [is_unchanged(tensor, before[name]) for name, tensor in shard.state()]
         assert [*same, is_unchanged(shard.param, weights)] == [step == 2] * 6
     shard.check_guards()
@@ -285,10 +286,10 @@ def test_each_parameter_steps_by_its_own_row(device: str) -> None:
     before = shard.param.clone()
     table = HyperTable(3, device)
     table.grad_scale.copy_(torch.tensor([1.0, 0.0, 1.0]))
-    moving = AdamHyper(0.5, 0.0, 0.9, 0.95, 1e-8, 1)
-    still = AdamHyper(0.0, 0.5, 0.9, 0.95, 1e-8, 1)
+    moving = adam_row(0.5, 0.0, 0.9, 0.95, 1e-8, 1)
+    still = adam_row(0.0, 0.5, 0.9, 0.95, 1e-8, 1)
     table.fill([moving, still, moving], seed=0)
-    launch_adamw_kernel_(shard, table, **NEAREST)
+    launch_step_kernel_(shard, table, **NEAREST)
     changed = (shard.param != before).view(-1, GROUP)
     of_row_1 = torch.zeros(GROUPS, dtype=torch.bool, device=device)
     of_row_1[10:12] = True  # with the padding that follows
@@ -313,8 +314,8 @@ def test_bits_depend_on_the_offset_in_the_parameter_not_in_the_shard(device: str
         there.grad.copy_(_ordinary(step + 50, there.grad.numel()))
         there.grad[window] = here.grad
         table.fill(_hyper(step)[:2], seed=3)
-        launch_adamw_kernel_(here, table, **STOCHASTIC)
-        launch_adamw_kernel_(there, table, **STOCHASTIC)
+        launch_step_kernel_(here, table, **STOCHASTIC)
+        launch_step_kernel_(there, table, **STOCHASTIC)
     assert is_unchanged(there.param[window], here.param)
     assert is_unchanged(there.correction[window], here.correction)
     assert is_unchanged(there.exp_avg[window], here.exp_avg)
