@@ -3,6 +3,7 @@
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
 ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
+``_ParamAndGradBuffer.__init__`` (allocates no gradients with ``--flash-gradient-release``),
 ``dist_checkpointing.load`` (names damaged files), the training loop's ``calc_params_l2_norm``
 (sums in fp32) and the bytes in Megatron's theoretical memory figures. All do what Megatron does
 unless ``--optimizer`` names a flash optimizer; ``--report-theoretical-memory`` prints those figures
@@ -130,6 +131,16 @@ def _wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrap_layout(original, lambda: _selected() is not None)
 
 
+def _wrap_buffer(original: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron_flashoptim.megatron.released_buffers import wrap_buffer_init
+
+    def applies() -> bool:
+        flash = _selected()
+        return flash is not None and flash.gradient_release
+
+    return wrap_buffer_init(original, applies)
+
+
 def _wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> Any:
         if _selected() is None:
@@ -177,6 +188,11 @@ BINDINGS = (
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.__init__",
         _wrap_init,
+    ),
+    Binding(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBuffer.__init__",
+        _wrap_buffer,
     ),
     Binding("megatron.core.dist_checkpointing", "load", _wrap_load),
     Binding("megatron.training.training", "calc_params_l2_norm", _wrap_params_norm),

@@ -158,3 +158,22 @@ def released_buffers() -> Iterator[None]:
         yield
     finally:
         owner.__init__ = bound
+
+
+def check_buffer(buffer: Any, *, released: bool) -> None:
+    """Refuse a buffer of DDP that was not made for how gradients are to be handled.
+
+    Raises:
+        ValueError: says how to build DDP.
+    """
+    if isinstance(buffer, ReleasedBuffer) and not released:
+        raise ValueError(
+            "DistributedDataParallel was built within released_buffers(), whose gradients have no "
+            "memory without FlashOptimConfig(gradient_release=True)"
+        )
+    if released and not isinstance(buffer, ReleasedBuffer):
+        raise ValueError(
+            "gradient_release=True needs DistributedDataParallel to be built within "
+            "FlashDistributedOptimizer.released_buffers(), or after megatron_flashoptim.install() "
+            "with --flash-gradient-release"
+        )

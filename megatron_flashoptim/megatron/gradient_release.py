@@ -1,0 +1,298 @@
+"""Step every bucket in the backward pass and use its gradients' memory again.
+
+(``--flash-gradient-release``.) A bucket group of DDP goes through four states in an iteration:
+
+    IDLE      no gradient has come; its addresses may have the memory of another bucket behind them
+    OPEN      its first gradient came: it has a slot of the pool to itself, zeroed
+    REDUCED   all gradients came, and Megatron has dispatched their reduce-scatter
+    STEPPED   its step is launched; once that has run, the slot may be written for another bucket
+
+On a GPU the step is launched as soon as the reduce-scatter is dispatched, on a stream of its own
+that waits for it, and the backward pass waits, on its stream, for the step whose slot it is about
+to write. On CPU ranks waiting for a reduce-scatter blocks, so the step of a bucket is put off until
+the next one is reduced, or its slot is needed.
+
+Why no weight is stepped too early, and what is refused: docs/gradient-release.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.utils import log_single_rank
+
+from megatron_flashoptim.megatron.address_range import memory_of
+from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.grad_pool import GradPool, Region
+
+logger = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Where a bucket group is in an iteration."""
+
+    IDLE = enum.auto()
+    OPEN = enum.auto()
+    REDUCED = enum.auto()
+    STEPPED = enum.auto()
+
+
+@dataclass(eq=False)
+class BucketGroup:
+    """A bucket group of DDP, its memory and its launches.
+
+    Attributes:
+        group: Megatron's ``_ParamAndGradBucketGroup``.
+        finish_reduce: its own ``finish_grad_sync``.
+        stepped: recorded behind its last launch.
+        regions: addresses of the gradients of its buckets.
+        launches: member and index of each shard.
+        names: of its parameters.
+        arrived: parameters whose gradient has come.
+        state: where it is in this iteration.
+    """
+
+    group: Any
+    finish_reduce: Callable[[], None]
+    stepped: Any
+    regions: list[Region] = field(default_factory=list)
+    launches: list[tuple[FlashDistributedOptimizer, int]] = field(default_factory=list)
+    names: dict[torch.nn.Parameter, str] = field(default_factory=dict)
+    arrived: set[torch.nn.Parameter] = field(default_factory=set)
+    state: State = State.IDLE
+
+
+class GradientRelease:
+    """Hooks itself into DDP's bucket groups and steps them.
+
+    Args:
+        chunks: model chunks wrapped in DDP, made with gradients without memory.
+        members: the chain's members that have parameters.
+
+    Attributes:
+        groups: every bucket group.
+        pool: memory of the gradients.
+    """
+
+    def __init__(self, chunks: Sequence[Any], members: Sequence[FlashDistributedOptimizer]) -> None:
+        flash = members[0].flash
+        self._members = list(members)
+        self._accepts_partial_step = flash.accept_partial_step
+        self._device = torch.device(torch.cuda.current_device())
+        self._stream = torch.cuda.Stream()
+        self.pool = GradPool(memory_of(self._device), flash.release_slots)
+        self._reduced: list[BucketGroup] = []  # on CPU ranks: not stepped yet, oldest first
+        self._stepping = False
+        self._told = False
+        regions = self._take_over_buffers(chunks)
+        self.groups = [
+            self._take_over(chunk, group, regions)
+            for chunk in chunks
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
+        self._group_of = {region: entry for entry in self.groups for region in entry.regions}
+        of_bucket = {id(bucket): entry for entry in self.groups for bucket in entry.group.buckets}
+        for member in members:
+            member.optimizer.steps_elsewhere = True
+            member.take_stats_of_shards()
+            for index, bucket in enumerate(member.shard_buckets):
+                of_bucket[id(bucket)].launches.append((member, index))
+
+    def _take_over_buffers(self, chunks: Sequence[Any]) -> dict[int, Region]:
+        """Have the buffers' resets begin iterations; return each bucket's region by its id."""
+        regions: dict[int, Region] = {}
+        for chunk in chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                buffer.on_reset = self.begin_iteration
+                for bucket, region in zip(buffer.buckets, buffer.regions, strict=True):
+                    regions[id(bucket)] = region
+        return regions
+
+    def _take_over(self, chunk: Any, group: Any, regions: dict[int, Region]) -> BucketGroup:
+        entry = BucketGroup(group, group.finish_grad_sync, torch.cuda.Event())
+        entry.regions = [regions[id(bucket)] for bucket in group.buckets]
+        entry.names = {p: name for name, p in chunk.named_parameters() if p in group.params}
+        # Megatron learns from a first iteration how many gradients each parameter gets, and
+        # reduces all buckets at its end. More than one is refused, see _gradient_comes.
+        group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
+        group.is_first_batch = False
+        group.start_grad_sync = functools.partial(self._reduce, entry, group.start_grad_sync)
+        group.finish_grad_sync = functools.partial(self._finish_reduce, entry)
+        for param in group.params:
+            # Runs before the gradient is accumulated, and so before DDP's hook adds it.
+            param.register_hook(functools.partial(self._gradient_comes, entry, param))
+        return entry
+
+    # An iteration, in the order of calls.
+
+    def begin_iteration(self) -> None:
+        """Make all buckets idle, where Megatron zeroes gradients; again where there are several.
+
+        Raises:
+            RuntimeError: the update before was left in the middle.
+        """
+        if self._stepping:
+            problem = self.partial_step()
+            if not self._accepts_partial_step:
+                raise RuntimeError(f"{problem} {_WHAT_TO_DO}")
+            logger.warning("%s Training goes on, as --flash-accept-partial-step says.", problem)
+            self._step_all_reduced()
+            self._stepping = False
+        for entry in self.groups:
+            if entry.state is State.OPEN:  # a backward pass has failed before any step
+                self._close(entry)
+            entry.state = State.IDLE
+            entry.arrived.clear()
+
+    def partial_step(self) -> str | None:
+        """Return what is wrong if an update was begun and not ended, else None."""
+        if not self._stepping:
+            return None
+        stepped = sum(entry.state is State.STEPPED for entry in self.groups)
+        if stepped == len(self.groups):
+            return (
+                "--flash-gradient-release: the backward pass has stepped every bucket, and no "
+                "optimizer.step() came after it."
+            )
+        return (
+            f"--flash-gradient-release: a backward pass ended with {stepped} of "
+            f"{len(self.groups)} buckets stepped; weights and state are those of half an update."
+        )
+
+    @torch.no_grad()
+    def _gradient_comes(self, entry: BucketGroup, param: torch.nn.Parameter, _: Any) -> None:
+        if not entry.group.is_last_microbatch:
+            raise RuntimeError(
+                "--flash-gradient-release cannot accumulate several micro-batches: each would be "
+                "stepped alone; use --micro-batch-size times the data-parallel size as "
+                "--global-batch-size, or drop the flag"
+            )
+        if param in entry.arrived or entry.state not in (State.IDLE, State.OPEN):
+            raise RuntimeError(
+                f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
+                "first was used. Either several micro-batches were accumulated, or "
+                "zero_grad_buffer() was not called after optimizer.step(), or the parameter is "
+                "shared by layers that are recomputed one by one; drop the flag for such a model"
+            )
+        entry.arrived.add(param)
+        if entry.state is State.IDLE:
+            self._open(entry)
+
+    def _open(self, entry: BucketGroup) -> None:
+        """Give a bucket group memory, and zero it once the bucket before has been stepped."""
+        for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
+            before = self.pool.open(region, entry.stepped.synchronize)
+            if before is not None:
+                user = self._group_of[before]
+                self._step_reduced(upto=user)
+                torch.cuda.current_stream().wait_event(user.stepped)
+            bucket.grad_data.zero_()
+        entry.state = State.OPEN
+
+    def _close(self, entry: BucketGroup) -> None:
+        for region in entry.regions:
+            self.pool.close(region)
+
+    def _reduce(
+        self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False
+    ) -> None:
+        """Stand in for Megatron's ``start_grad_sync``: all gradients of the group have come."""
+        start(force_all_reduce=force_all_reduce)
+        entry.state = State.REDUCED
+        self._close(entry)
+        if self._device.type == "cuda":
+            self._step(entry)
+        else:
+            self._step_all_reduced()
+            self._reduced.append(entry)
+
+    def _step_all_reduced(self) -> None:
+        if self._reduced:
+            self._step_reduced(upto=self._reduced[-1])
+
+    def _step_reduced(self, upto: BucketGroup) -> None:
+        """Step what was put off, up to a bucket group, in the order of reduction."""
+        while upto in self._reduced:
+            self._step(self._reduced.pop(0))
+
+    @torch.no_grad()
+    def _step(self, entry: BucketGroup) -> None:
+        """Launch the step of a bucket group behind its reduce-scatter."""
+        gather_dispatched = entry.group.param_gather_dispatched
+        # All that has read these weights is in the stream of the backward pass by now.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            entry.finish_reduce()
+            if not self._stepping:
+                self._begin_step()
+            for member, index in entry.launches:
+                member.launch_released(index)
+            entry.stepped.record(self._stream)
+        # Which has Megatron gather in the next forward pass, but also where a layer is recomputed.
+        entry.group.param_gather_dispatched = gather_dispatched
+        entry.state = State.STEPPED
+        # Autograd now refuses, with an error, to use these weights where it has kept them.
+        torch.autograd.graph.increment_version(list(entry.group.params))
+
+    def _begin_step(self) -> None:
+        self._stepping = True
+        for member in self._members:
+            member.begin_released_step()
+
+    def _finish_reduce(self, entry: BucketGroup, force_all_reduce: bool = False) -> None:
+        """Stand in for Megatron's ``finish_grad_sync``, after the backward pass."""
+        self._step_reduced(upto=entry)
+        if entry.state is not State.STEPPED:
+            missing = [name for p, name in entry.names.items() if p not in entry.arrived]
+            raise RuntimeError(
+                f"--flash-gradient-release: {len(missing)} parameters got no gradient in this "
+                f"backward pass, as --overlap-grad-reduce wants: {', '.join(missing[:4])}. "
+                f"{self.partial_step() or ''}".rstrip()
+            )
+        entry.group.param_gather_dispatched = False
+
+    def finish_step(self) -> None:
+        """End the update, from ``optimizer.step()``: the compute stream waits for all launches.
+
+        Raises:
+            RuntimeError: not every bucket has been stepped.
+        """
+        if not self._stepping:
+            raise RuntimeError(
+                "--flash-gradient-release: optimizer.step() came without a backward pass before "
+                "it, in which buckets are stepped"
+            )
+        if any(entry.state is not State.STEPPED for entry in self.groups):
+            raise RuntimeError(f"{self.partial_step()} {_WHAT_TO_DO}")
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._stepping = False
+        if not self._told:
+            self._told = True
+            log_single_rank(logger, logging.INFO, self.describe())
+
+    def forget(self) -> None:
+        """Forget an update that was left in the middle: another state is loaded."""
+        for entry in self._reduced:
+            entry.finish_reduce()
+        self._reduced.clear()
+        self._stepping = False
+
+    def describe(self) -> str:
+        """Return one line: memory of gradients, and what they would take without release."""
+        whole = sum(region.nbytes for entry in self.groups for region in entry.regions)
+        return (
+            f"gradient release: {len(self._group_of)} buckets of {whole / 1e6:.1f} MB take turns "
+            f"in {len(self.pool.slots)} slots of {self.pool.memory.nbytes / 1e6:.1f} MB together"
+        )
+
+
+_WHAT_TO_DO = (
+    "Load the last checkpoint, or give --flash-accept-partial-step to go on from here: buckets "
+    "that were not stepped then miss one update."
+)
