@@ -173,8 +173,8 @@ def _driver() -> Any:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as problem:
         raise ImportError(
-            "--flash-gradient-release needs the package cuda-bindings, which torch brings since "
-            "2.10; pip install cuda-bindings"
+            "--flash-gradient-release needs the package cuda-bindings on a GPU, which torch 2.11 "
+            "brings; pip install cuda-bindings"
         ) from problem
 
 

@@ -97,6 +97,7 @@ class GradientRelease:
             for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
         ]
         self._group_of = {region: entry for entry in self.groups for region in entry.regions}
+        self._group_of_param = {param: entry for entry in self.groups for param in entry.names}
         of_bucket = {id(bucket): entry for entry in self.groups for bucket in entry.group.buckets}
         for member in members:
             member.optimizer.steps_elsewhere = True
@@ -110,6 +111,7 @@ class GradientRelease:
         for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 buffer.on_reset = self.begin_iteration
+                buffer.on_gradient = self._gradient_comes
                 for bucket, region in zip(buffer.buckets, buffer.regions, strict=True):
                     regions[id(bucket)] = region
         return regions
@@ -124,9 +126,6 @@ class GradientRelease:
         group.is_first_batch = False
         group.start_grad_sync = functools.partial(self._reduce, entry, group.start_grad_sync)
         group.finish_grad_sync = functools.partial(self._finish_reduce, entry)
-        for param in group.params:
-            # Runs before the gradient is accumulated, and so before DDP's hook adds it.
-            param.register_hook(functools.partial(self._gradient_comes, entry, param))
         return entry
 
     # An iteration, in the order of calls.
@@ -166,7 +165,9 @@ class GradientRelease:
         )
 
     @torch.no_grad()
-    def _gradient_comes(self, entry: BucketGroup, param: torch.nn.Parameter, _: Any) -> None:
+    def _gradient_comes(self, param: torch.nn.Parameter) -> None:
+        """Open the bucket of a parameter, right before Megatron adds its gradient there."""
+        entry = self._group_of_param[param]
         if not entry.group.is_last_microbatch:
             raise RuntimeError(
                 "--flash-gradient-release cannot accumulate several micro-batches: each would be "

@@ -32,11 +32,14 @@ class ReleasedBuffer:
         regions: addresses of each bucket's gradients.
         on_reset: called where Megatron zeroes the gradients, before an iteration; None until an
             optimizer has taken over.
+        on_gradient: called with each parameter before Megatron adds its gradient; likewise.
     """
 
     regions: list[Region]
     on_reset: Callable[[], None] | None
+    on_gradient: Callable[[torch.nn.Parameter], None] | None
     # Megatron's attributes.
+    params: list[torch.nn.Parameter]
     bucket_indices: list[tuple[int, int]]
     grad_dtype: torch.dtype
     grad_data: torch.Tensor | None
@@ -55,6 +58,21 @@ class ReleasedBuffer:
             offset += -(-size // chunk) * chunk
         self._gradients = addresses.tensor.view(self.grad_dtype)
         self.on_reset = None
+        self.on_gradient = None
+
+    def hook_parameters(self) -> None:
+        """Have ``on_gradient`` called; a hook of a parameter runs before DDP's."""
+        for param in self.params:
+            param.register_hook(functools.partial(self._gradient_comes, param))
+
+    def _gradient_comes(self, param: torch.nn.Parameter, _: torch.Tensor) -> None:
+        if self.on_gradient is None:
+            raise RuntimeError(
+                "a gradient came before an optimizer was built that gives it memory; call "
+                "get_megatron_optimizer(..., flash=FlashOptimConfig(gradient_release=True)) before "
+                "the first backward pass"
+            )
+        self.on_gradient(param)
 
     def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> torch.Tensor:
         if buffer_type.name != "GRAD":
@@ -140,6 +158,7 @@ def wrap_buffer_init(
                 f"megatron-core {versions.installed_version()} allocates gradient buffers in a way "
                 "that --flash-gradient-release does not know; drop the flag"
             )
+        self.hook_parameters()
 
     return __init__
 
