@@ -386,6 +386,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "
             f"parameter, {self._describe_masters(members, owned)}, second moment rounded "
             f"{flash.resolve_rounding(beta2)}, {counted} per step"
+            + (", in the backward pass" if flash.gradient_release else "")
         )
 
     @staticmethod

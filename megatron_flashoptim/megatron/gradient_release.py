@@ -87,7 +87,9 @@ class GradientRelease:
         self._device = torch.device(torch.cuda.current_device())
         self._stream = torch.cuda.Stream()
         self.pool = GradPool(memory_of(self._device), flash.release_slots)
-        self._reduced: list[BucketGroup] = []  # on CPU ranks: not stepped yet, oldest first
+        # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
+        self._puts_off = self._device.type != "cuda"
+        self._reduced: list[BucketGroup] = []
         self._stepping = False
         self._told = False
         regions = self._take_over_buffers(chunks)
@@ -207,11 +209,11 @@ class GradientRelease:
         start(force_all_reduce=force_all_reduce)
         entry.state = State.REDUCED
         self._close(entry)
-        if self._device.type == "cuda":
-            self._step(entry)
-        else:
+        if self._puts_off:
             self._step_all_reduced()
             self._reduced.append(entry)
+        else:
+            self._step(entry)
 
     def _step_all_reduced(self) -> None:
         if self._reduced:

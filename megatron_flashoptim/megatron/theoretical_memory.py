@@ -48,7 +48,19 @@ def weight_and_optimizer_bytes(
     else:  # fp32 weights are the master
         weight, grad = 4, 4
         state = flash_state_bytes(16)
-    return parameters * (weight + grad) + owned * (state + TABLE_BYTES)
+    gradients = parameters * grad
+    if flash.gradient_release:
+        gradients = min(gradients, flash.release_slots * _bucket_size(args, parameters) * grad)
+    return parameters * weight + gradients + owned * (state + TABLE_BYTES)
+
+
+def _bucket_size(args: Any, parameters: float) -> float:
+    """Return the elements at which Megatron ends a bucket, with the parameter that reaches them."""
+    if args.ddp_bucket_size is not None:
+        return float(args.ddp_bucket_size)
+    if args.ddp_num_buckets is not None:
+        return parameters / args.ddp_num_buckets
+    return max(40_000_000.0, 1_000_000.0 * args.data_parallel_size * args.context_parallel_size)
 
 
 def report_before_training(args: Any) -> None:
