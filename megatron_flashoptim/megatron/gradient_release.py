@@ -85,7 +85,8 @@ class GradientRelease:
         self._members = list(members)
         self._accepts_partial_step = flash.accept_partial_step
         self._device = torch.device(torch.cuda.current_device())
-        self._stream = torch.cuda.Stream()
+        # Streams and events of torch have no annotations.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.pool = GradPool(memory_of(self._device), flash.release_slots)
         # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
         self._puts_off = self._device.type != "cuda"
@@ -119,7 +120,8 @@ class GradientRelease:
         return regions
 
     def _take_over(self, chunk: Any, group: Any, regions: dict[int, Region]) -> BucketGroup:
-        entry = BucketGroup(group, group.finish_grad_sync, torch.cuda.Event())
+        stepped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        entry = BucketGroup(group, group.finish_grad_sync, stepped)
         entry.regions = [regions[id(bucket)] for bucket in group.buckets]
         entry.names = {p: name for name, p in chunk.named_parameters() if p in group.params}
         # Megatron learns from a first iteration how many gradients each parameter gets, and

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +63,10 @@ class ReleasedBuffer:
     def hook_parameters(self) -> None:
         """Have ``on_gradient`` called; a hook of a parameter runs before DDP's."""
         for param in self.params:
-            param.register_hook(functools.partial(self._gradient_comes, param))
+            # torch.Tensor.register_hook has no annotations.
+            param.register_hook(  # type: ignore[no-untyped-call]
+                functools.partial(self._gradient_comes, param)
+            )
 
     def _gradient_comes(self, param: torch.nn.Parameter, _: torch.Tensor) -> None:
         if self.on_gradient is None:
@@ -132,7 +135,8 @@ class _WithoutGradients(TorchFunctionMode):
 
 
 @functools.cache
-def _released(buffer_class: type) -> type:
+def _released_class(buffer_class: Hashable) -> type:
+    assert isinstance(buffer_class, type)
     return type(f"Released{buffer_class.__name__}", (ReleasedBuffer, buffer_class), {})
 
 
@@ -150,7 +154,7 @@ def wrap_buffer_init(
         if not applies() or isinstance(self, ReleasedBuffer):
             original(self, *args, **kwargs)
             return
-        self.__class__ = _released(type(self))
+        self.__class__ = _released_class(type(self))
         with _WithoutGradients(self):
             original(self, *args, **kwargs)
         if self.grad_data.device.type != "meta":

@@ -50,7 +50,8 @@ def weight_and_optimizer_bytes(
         state = flash_state_bytes(16)
     gradients = parameters * grad
     if flash.gradient_release:
-        gradients = min(gradients, flash.release_slots * _bucket_size(args, parameters) * grad)
+        in_slots = flash.release_slots * _bucket_size(args, parameters) * grad
+        gradients = min(gradients, in_slots)
     return parameters * weight + gradients + owned * (state + TABLE_BYTES)
 
 
@@ -59,8 +60,9 @@ def _bucket_size(args: Any, parameters: float) -> float:
     if args.ddp_bucket_size is not None:
         return float(args.ddp_bucket_size)
     if args.ddp_num_buckets is not None:
-        return parameters / args.ddp_num_buckets
-    return max(40_000_000.0, 1_000_000.0 * args.data_parallel_size * args.context_parallel_size)
+        return parameters / float(args.ddp_num_buckets)
+    ranks = float(args.data_parallel_size * args.context_parallel_size)
+    return max(40_000_000.0, 1_000_000.0 * ranks)
 
 
 def report_before_training(args: Any) -> None:

@@ -37,7 +37,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         table: hyper-parameters on the device; ``table.grad_scale`` scales the gradients.
         row_groups: for each row of the table, the index of its param group.
         defers_launches: ``step`` prepares the step and leaves each ``launch`` to the caller.
-        steps_elsewhere: the caller calls ``begin_step`` and every ``launch``, ``step`` does nothing.
+        steps_elsewhere: ``step`` does nothing; the caller calls ``begin_step`` and each ``launch``.
         before_launch: called with the index of each shard right before it is stepped, or None.
     """
 
