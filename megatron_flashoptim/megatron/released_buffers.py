@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,9 +134,7 @@ class _WithoutGradients(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@functools.cache
-def _released_class(buffer_class: Hashable) -> type:
-    assert isinstance(buffer_class, type)
+def _released_class(buffer_class: type) -> type:
     return type(f"Released{buffer_class.__name__}", (ReleasedBuffer, buffer_class), {})
 
 
