@@ -209,7 +209,7 @@ def _index(device: torch.device) -> int:
 
 
 def _cuda_chunk_bytes(device: torch.device) -> int:
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)  # the driver needs the context that torch makes when first used
     minimum = _driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     granule = _checked("cuMemGetAllocationGranularity", _allocation(device), minimum)
     return _GRANULES_PER_CHUNK * int(granule)

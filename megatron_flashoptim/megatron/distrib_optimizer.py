@@ -357,7 +357,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         device = torch.device(torch.cuda.current_device())
         zeros = torch.zeros((), dtype=torch.int64, device=device)
         if self._released is not None:
-            zeros = sum(self._released.zeros(), zeros)
+            zeros = self._released.count_zeros(device)
         elif not self.is_stub_optimizer:
             for norm_group in (None, *versions.separate_grad_norm_groups()):
                 zeros = zeros + self._grad_runs(norm_group).count_zeros(device)

@@ -104,6 +104,12 @@ class GradPool:
         region.slot.is_open = False
         region.slot.closed = self._closed
 
+    def close_all(self) -> None:
+        """Let the memory of all regions be used for others."""
+        for slot in self.slots:
+            if slot.is_open and slot.holder is not None:
+                self.close(slot.holder)
+
     def _choose(self) -> Slot:
         """Return the slot that was closed first, or a new one."""
         closed = [slot for slot in self.slots if not slot.is_open]

@@ -123,24 +123,23 @@ class ReleasedStats:
     def clear(self) -> None:
         """Forget what was taken, before another backward pass."""
         self._norms = {group: [[] for _ in runs] for group, runs in self._runs.items()}
-        self._zeros: list[torch.Tensor] = []
+        self._counted = 0
+        self._nonzeros: list[torch.Tensor] = []
 
     def take(self, shard: int) -> None:
         """Take the statistics of one shard's gradients; no host sync."""
         for group, runs in self._runs.items():
             self._norms[group][shard] = runs[shard].norms()
             if self._with_zeros:
-                self._zeros.append(runs[shard].count_zeros(self._grad_device(runs[shard])))
-
-    @staticmethod
-    def _grad_device(runs: GradRuns) -> torch.device:
-        return runs.views[0].device if runs.views else torch.device(torch.cuda.current_device())
+                self._counted += runs[shard].numel
+                self._nonzeros += [torch.count_nonzero(view) for view in runs[shard].views]
 
     def norms(self, group: str | None) -> list[torch.Tensor]:
         """Return what ``GradRuns.norms`` of all shards would, in the same order."""
         taken = [norms for shard in self._norms.get(group, []) for norms in shard]
         return [torch.cat(taken)] if taken else []
 
-    def zeros(self) -> list[torch.Tensor]:
-        """Return numbers of zero elements, int64 scalars on the device."""
-        return self._zeros
+    def count_zeros(self, device: torch.device) -> torch.Tensor:
+        """Return the number of zero elements as an int64 scalar on the device."""
+        zeros = torch.tensor(self._counted, dtype=torch.int64, device=device)
+        return zeros - sum(self._nonzeros)

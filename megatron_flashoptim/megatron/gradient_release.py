@@ -146,10 +146,10 @@ class GradientRelease:
                 raise RuntimeError(f"{problem} {_WHAT_TO_DO}")
             logger.warning("%s Training goes on, as --flash-accept-partial-step says.", problem)
             self._step_all_reduced()
+            torch.cuda.synchronize()
             self._stepping = False
+        self.pool.close_all()  # what a backward pass that failed has left open
         for entry in self.groups:
-            if entry.state is State.OPEN:  # a backward pass has failed before any step
-                self._close(entry)
             entry.state = State.IDLE
             entry.arrived.clear()
 
@@ -200,17 +200,14 @@ class GradientRelease:
             bucket.grad_data.zero_()
         entry.state = State.OPEN
 
-    def _close(self, entry: BucketGroup) -> None:
-        for region in entry.regions:
-            self.pool.close(region)
-
     def _reduce(
         self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False
     ) -> None:
         """Stand in for Megatron's ``start_grad_sync``: all gradients of the group have come."""
         start(force_all_reduce=force_all_reduce)
         entry.state = State.REDUCED
-        self._close(entry)
+        for region in entry.regions:
+            self.pool.close(region)
         if self._puts_off:
             self._step_all_reduced()
             self._reduced.append(entry)
@@ -233,9 +230,9 @@ class GradientRelease:
         # All that has read these weights is in the stream of the backward pass by now.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            entry.finish_reduce()
             if not self._stepping:
                 self._begin_step()
+            entry.finish_reduce()
             for member, index in entry.launches:
                 member.launch_released(index)
             entry.stepped.record(self._stream)
@@ -273,6 +270,7 @@ class GradientRelease:
                 "--flash-gradient-release: optimizer.step() came without a backward pass before "
                 "it, in which buckets are stepped"
             )
+        self._step_all_reduced()  # where gradients were not finalized
         if any(entry.state is not State.STEPPED for entry in self.groups):
             raise RuntimeError(f"{self.partial_step()} {_WHAT_TO_DO}")
         torch.cuda.current_stream().wait_stream(self._stream)

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "1 rank": (1, {**ONLY_REDUCE, "grads_in_fp32": False}, {}),
     "2 ranks, untied, recomputed": (
         2,
-        {**ONLY_REDUCE, "tied": False, "transformer": RECOMPUTED},
+        {**OVERLAP, "tied": False, "transformer": RECOMPUTED},
         {"master_bits": 16, "master_rounding": "stochastic", "rounding": "stochastic"},
     ),
     "2 ranks, param gather": (2, {**OVERLAP, "layers": 3}, {"release_slots": 2}),

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+import torch
 from ranks import run_ranks
 from test_gradient_release import OVERLAP, _build
 
@@ -59,8 +61,6 @@ def _is_before(first: Moment, then: Moment) -> bool:
 
 def _use_clocks() -> list[_Stream]:
     """Make torch's streams clocks; return the stack of current streams."""
-    import torch
-
     current = [_Stream()]
 
     @contextmanager
@@ -177,6 +177,9 @@ def _ordered() -> dict[str, Any]:
     }
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="replaces torch's streams, which kernels of a GPU need"
+)
 def test_what_shares_memory_is_ordered_on_the_streams_of_a_gpu() -> None:
     (rank,) = run_ranks(1, _ordered)
     assert rank["own stream"]
