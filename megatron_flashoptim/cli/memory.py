@@ -106,7 +106,10 @@ def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> tuple[float
     state = variant.state[0 if size.grad_bytes == 4 else 1]
     if size.weight_bytes == 4:  # fp32 weights are the master, and have fp32 gradients
         state = flash_state_bytes(16) + TABLE_BYTES if variant.flash else 8.0
-    return float(buffer * size.weight_bytes), float(buffer * size.grad_bytes), owned * state
+    gradients = buffer
+    if variant.flash and size.release_slots:  # at most: slots that only small buckets use are small
+        gradients = min(buffer, size.release_slots * stage.flash_bucket)
+    return float(buffer * size.weight_bytes), float(gradients * size.grad_bytes), owned * state
 
 
 def render_run(size: RunSize) -> str:
