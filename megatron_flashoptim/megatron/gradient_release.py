@@ -270,9 +270,9 @@ class GradientRelease:
                 "--flash-gradient-release: optimizer.step() came without a backward pass before "
                 "it, in which buckets are stepped"
             )
-        self._step_all_reduced()  # where gradients were not finalized
-        if any(entry.state is not State.STEPPED for entry in self.groups):
+        if any(entry.state not in (State.REDUCED, State.STEPPED) for entry in self.groups):
             raise RuntimeError(f"{self.partial_step()} {_WHAT_TO_DO}")
+        self._step_all_reduced()  # where the caller has not finalized the gradients
         torch.cuda.current_stream().wait_stream(self._stream)
         self._stepping = False
         if not self._told:
