@@ -14,8 +14,8 @@ gradient norms, weights and state must be the same bits, or nothing is timed; af
 compared again. Timed is a whole iteration of one micro-batch, from a device that has nothing to do
 (CUDA events; the slowest rank counts). Then one iteration of each is profiled: a Chrome trace, and
 a picture of its kernels by stream, with how much of the steps' time lies before the end of the
-backward pass. Both ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT of 1.4
-billion parameters is the default.
+backward pass. Both ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT
+of 1.4 billion parameters is the default.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class Trained:
             # torch.Tensor.backward has no annotations.
             loss.backward()  # type: ignore[no-untyped-call]
             if self.marks_end:
-                torch.cuda._sleep(1)  # a kernel that is found in the trace
+                # A kernel that is found in the trace.
+                torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
             self.finalize([self.chunk])
         with torch.profiler.record_function("optimizer.step"):
             success, norm, _ = self.optimizer.step()
@@ -324,7 +325,7 @@ def draw(kernels: list[dict[str, Any]], title: str, file: Path) -> None:
     except ImportError:
         print("no picture: matplotlib is not installed", file=sys.stderr)
         return
-    colors = {"compute": "gray", "communication": "tab:blue", "step": "tab:red", "mark": "black"}
+    colors = {"compute": "gray", "communication": "tab:blue", "step": "tab:red"}
     streams = sorted({event["args"]["stream"] for event in kernels})
     begin = min(event["ts"] for event in kernels)
     figure = Figure(figsize=(14, 1.2 + 0.6 * len(streams)))
@@ -343,7 +344,8 @@ def draw(kernels: list[dict[str, Any]], title: str, file: Path) -> None:
     axes.legend(loc="upper left")
     for event in kernels:
         if kind_of(event) == "mark":
-            axes.axvline((event["ts"] - begin) / 1e3, color=colors["mark"], linewidth=1)
+            at = (event["ts"] - begin) / 1e3
+            axes.axvline(at, color="black", linewidth=1, label="end of the backward pass")
     figure.tight_layout()
     figure.savefig(file, dpi=150)
 

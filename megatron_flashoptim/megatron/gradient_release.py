@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from megatron.core.utils import log_single_rank
 
+from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.address_range import memory_of
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.grad_pool import GradPool, Region
@@ -78,6 +79,9 @@ class GradientRelease:
     Attributes:
         groups: every bucket group.
         pool: memory of the gradients.
+
+    Raises:
+        ImportError: this release of Megatron counts gradients in another way.
     """
 
     def __init__(self, chunks: Sequence[Any], members: Sequence[FlashDistributedOptimizer]) -> None:
@@ -124,6 +128,12 @@ class GradientRelease:
         entry = BucketGroup(group, group.finish_grad_sync, stepped)
         entry.regions = [regions[id(bucket)] for bucket in group.buckets]
         entry.names = {p: name for name, p in chunk.named_parameters() if p in group.params}
+        for name in _SET_IN_GROUPS:
+            if not hasattr(group, name):
+                raise ImportError(
+                    f"--flash-gradient-release needs {name} of DDP's bucket groups, which "
+                    f"megatron-core {versions.installed_version()} does not have"
+                )
         # Megatron learns from a first iteration how many gradients each parameter gets, and
         # reduces all buckets at its end. More than one is refused, see _gradient_comes.
         group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
@@ -294,6 +304,12 @@ class GradientRelease:
             f"in {len(self.pool.slots)} slots of {self.pool.memory.nbytes / 1e6:.1f} MB together"
         )
 
+
+# Where another release had other names for these, setting them would do nothing.
+_SET_IN_GROUPS = (
+    *("golden_per_param_grad_ready_counts", "is_first_batch", "is_last_microbatch"),
+    *("start_grad_sync", "finish_grad_sync", "param_gather_dispatched"),
+)
 
 _WHAT_TO_DO = (
     "Load the last checkpoint, or give --flash-accept-partial-step to go on from here: buckets "
