@@ -21,6 +21,8 @@ from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.address_range import chunk_bytes_of, reserve
 from megatron_flashoptim.megatron.grad_pool import Region
 
+# What is overridden or called; another release's name would be ignored silently.
+_NEEDED = ("_get", "offload_to_cpu", "reload_from_cpu", "reset", "scale_gradients")
 MODULE = "megatron.core.distributed.param_and_grad_buffer"
 PATH = "_ParamAndGradBuffer.__init__"
 
@@ -152,6 +154,8 @@ def wrap_buffer_init(
         if not applies() or isinstance(self, ReleasedBuffer):
             original(self, *args, **kwargs)
             return
+        for name in _NEEDED:
+            versions.find(MODULE, f"_ParamAndGradBuffer.{name}")
         self.__class__ = _released_class(type(self))
         with _WithoutGradients(self):
             original(self, *args, **kwargs)
