@@ -94,6 +94,7 @@ def _ordered() -> dict[str, Any]:
         "step behind its reduction": [],
         "step behind the backward pass until then": [],
         "table filled behind the steps of before": [],
+        "table filled behind the end of the step before": [],
         "table filled before the step": [],
         "end behind all steps": [],
         "gather behind all steps": [],
@@ -101,6 +102,7 @@ def _ordered() -> dict[str, Any]:
     last_step_on: dict[int, Moment] = {}
     steps: list[Moment] = []
     filled: list[Moment] = []
+    ended: list[Moment] = []
 
     def watch(entry: Any) -> None:
         (bucket,) = entry.group.buckets
@@ -165,13 +167,17 @@ def _ordered() -> dict[str, Any]:
         found["table filled behind the steps of before"] += [
             _is_before(step, filled[-1]) for step in steps
         ]
+        found["table filled behind the end of the step before"] += [
+            _is_before(end, filled[-1]) for end in ended
+        ]
         fill(self, *args, **kwargs)
 
     FlashOptimizer.launch = counted_launch
     type(member.optimizer.table).fill = counted_fill
     for _ in range(3):
         trainer.step()
-        moment = current[-1].put()
+        ended.append(current[-1].put())
+        moment = ended[-1]
         found["end behind all steps"] += [_is_before(step, moment) for step in steps]
     in_backward = any(not _is_before(step, current[0].clock) for step in steps)
     return {
@@ -194,5 +200,6 @@ def test_what_shares_memory_is_ordered_on_the_streams_of_a_gpu() -> None:
         at_least = {
             "slot zeroed behind its last step": steps - 2,
             "table filled behind the steps of before": rank["buckets"],
+            "table filled behind the end of the step before": 2,
         }
         assert len(seen) >= at_least.get(order, steps), order
