@@ -30,6 +30,7 @@ from megatron.core.utils import log_single_rank
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.address_range import memory_of
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.fused_wgrad import announce_gradients
 from megatron_flashoptim.megatron.grad_pool import GradPool, Region
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ class GradientRelease:
         ]
         self._group_of = {region: entry for entry in self.groups for region in entry.regions}
         self._group_of_param = {param: entry for entry in self.groups for param in entry.names}
+        self._announced: set[torch.nn.Parameter] = set()
+        for chunk in chunks:
+            if chunk.config.gradient_accumulation_fusion:
+                announce_gradients(chunk.module, self._gradient_announced)
         of_bucket = {id(bucket): entry for entry in self.groups for bucket in entry.group.buckets}
         for member in members:
             member.optimizer.steps_elsewhere = True
@@ -162,6 +167,7 @@ class GradientRelease:
         for entry in self.groups:
             entry.state = State.IDLE
             entry.arrived.clear()
+        self._announced.clear()
 
     def partial_step(self) -> str | None:
         """Return what is wrong if an update was begun and not ended, else None."""
@@ -182,12 +188,8 @@ class GradientRelease:
     def _gradient_comes(self, param: torch.nn.Parameter) -> None:
         """Open the bucket of a parameter, right before Megatron adds its gradient there."""
         entry = self._group_of_param[param]
-        if not entry.group.is_last_microbatch:
-            raise RuntimeError(
-                "--flash-gradient-release cannot accumulate several micro-batches: each would be "
-                "stepped alone; use --micro-batch-size times the data-parallel size as "
-                "--global-batch-size, or drop the flag"
-            )
+        self._check_micro_batches(entry)
+        self._check_announced(param)
         if param in entry.arrived or entry.state not in (State.IDLE, State.OPEN):
             raise RuntimeError(
                 f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
@@ -199,6 +201,37 @@ class GradientRelease:
         if entry.state is State.IDLE:
             self._open(entry)
 
+    @torch.no_grad()
+    def _gradient_announced(self, param: torch.nn.Parameter) -> None:
+        """Open the bucket of a parameter before a fused GEMM writes its gradient."""
+        entry = self._group_of_param.get(param)
+        if entry is None:
+            return  # frozen
+        self._check_micro_batches(entry)
+        self._check_announced(param)
+        self._announced.add(param)
+        if entry.state is State.IDLE:
+            self._open(entry)
+
+    def _check_announced(self, param: torch.nn.Parameter) -> None:
+        # A layer that writes main_grad itself says so to DDP, which resets it in each iteration.
+        if getattr(param, "grad_added_to_main_grad", False) and param not in self._announced:
+            name = self._group_of_param[param].names[param]
+            raise RuntimeError(
+                f"--flash-gradient-release: the gradient of {name} was written before its bucket "
+                "had memory, by a layer other than the module that has it or is called with it; "
+                "weights and state are not to be used. Give --no-gradient-accumulation-fusion"
+            )
+
+    @staticmethod
+    def _check_micro_batches(entry: BucketGroup) -> None:
+        if not entry.group.is_last_microbatch:
+            raise RuntimeError(
+                "--flash-gradient-release cannot accumulate several micro-batches: each would be "
+                "stepped alone; use --micro-batch-size times the data-parallel size as "
+                "--global-batch-size, or drop the flag"
+            )
+
     def _open(self, entry: BucketGroup) -> None:
         """Give a bucket group memory, and zero it once the bucket before has been stepped."""
         for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
@@ -209,6 +242,8 @@ class GradientRelease:
                 torch.cuda.current_stream().wait_event(user.stepped)
             bucket.grad_data.zero_()
         entry.state = State.OPEN
+        for param in entry.names:
+            self._check_announced(param)
 
     def _reduce(
         self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False

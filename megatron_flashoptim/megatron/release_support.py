@@ -77,13 +77,6 @@ RELEASE_RULES = (
         "a rerun would run the backward pass, and step, twice; use --rerun-mode disabled",
     ),
     Rule(
-        "gradient_accumulation_fusion",
-        _is_set,
-        "gradient accumulation fusion",
-        "fused GEMMs write gradients before their bucket can be given memory; use "
-        "--no-gradient-accumulation-fusion",
-    ),
-    Rule(
         "rampup_batch_size",
         _is_set,
         "--rampup-batch-size",

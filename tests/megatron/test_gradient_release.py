@@ -23,6 +23,30 @@ RECOMPUTED = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+
+
+def _fuses_accumulation(model: Any) -> None:
+    """Have linear layers write main_grad in their backward functions, as with Apex on a GPU.
+
+    What Apex's extension computes there is computed by torch; the rest is Megatron's.
+    """
+    import types
+
+    from megatron.core.tensor_parallel import layers
+
+    def accumulate(total_input: Any, grad_output: Any, main_grad: Any) -> None:
+        main_grad.add_(grad_output.t().matmul(total_input))
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
+    )
+    model.config.gradient_accumulation_fusion = True
+    for module in model.modules():
+        if hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = True
+
+
+FUSED = {"prepare_model": _fuses_accumulation}
 # Number of ranks, the model, and fields of FlashOptimConfig.
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "1 rank": (1, {**ONLY_REDUCE, "grads_in_fp32": False}, {}),
@@ -37,6 +61,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tensor parallel, clipped by bucket": (2, {**ONLY_REDUCE, "tp": 2}, CLIPPED),
     "context parallel": (2, {**OVERLAP, "cp": 2}, {}),
     "optimizer instances": (2, {**OVERLAP, "instances": 2}, {}),
+    "fused accumulation": (2, {**OVERLAP, **FUSED}, {"release_slots": 2}),
+    "fused accumulation, recomputed, multi-token prediction": (
+        1,
+        {**ONLY_REDUCE, **FUSED, "mtp": 1, "transformer": RECOMPUTED},
+        {},
+    ),
     "multi-token prediction": (1, {**ONLY_REDUCE, "mtp": 1}, {}),
 }
 SMOKE = "2 ranks, param gather"

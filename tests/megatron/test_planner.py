@@ -106,8 +106,7 @@ def _live_pool() -> int:
 
 
 def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
-    flags = """--overlap-grad-reduce --ddp-bucket-size 100000 --clip-grad 0 --rerun-mode disabled
-    --no-gradient-accumulation-fusion"""
+    flags = """--overlap-grad-reduce --ddp-bucket-size 100000 --clip-grad 0 --rerun-mode disabled"""
     whole = _planned(1, flags)["flash_adamw, 24-bit masters"]
     planned = _planned(1, f"{flags} --flash-gradient-release")
     assert planned["adam (fp32 master and moments)"][1] == pytest.approx(whole[1], rel=0.01)

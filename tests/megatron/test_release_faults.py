@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from test_gradient_release import ONLY_REDUCE, _build
+from test_gradient_release import ONLY_REDUCE, _build, _fuses_accumulation
 
 MODEL = {**ONLY_REDUCE, "layers": 1}
 
@@ -181,6 +181,31 @@ def _reads_late_weights_early(model: Any) -> None:
     model.embedding.register_forward_hook(hook)
 
 
+def _fuses_elsewhere(model: Any) -> None:
+    """Let the final norm write the gradient of a weight that another module has."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+    from megatron.core.tensor_parallel import layers
+
+    _fuses_accumulation(model)
+    weight = model.embedding.word_embeddings.weight
+
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        logits = layers.linear_with_grad_accumulation_and_async_allreduce(
+            output,
+            weight,
+            None,
+            gradient_accumulation_fusion=True,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            tp_group=get_tensor_model_parallel_group(),
+        )
+        return output + logits.mean()
+
+    model.decoder.final_layernorm.register_forward_hook(hook)
+    # Where nothing has been mapped yet, a write is a fault; here only the sign is left of it.
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32 = lambda *_: None
+
+
 def _with_nan(model: Any) -> None:
     weight = model.decoder.layers[0].self_attention.linear_proj.weight
     weight.register_hook(lambda grad: grad * float("nan"))
@@ -244,6 +269,7 @@ def _problems() -> dict[str, str]:
         "unused": train({"prepare_model": _unused}),
         "late weight": train({"prepare_model": _reads_late_weights_early}),
         "nan": train(nan),
+        "fused elsewhere": train({"prepare_model": _fuses_elsewhere, "tied": False}),
         "scaled": train({}, lambda trainer: trainer.model[0].scale_gradients(0.5)),
         "not released": _raised(lambda: build(False)),
         "only released": _raised(lambda: build(True)),
@@ -261,6 +287,7 @@ def test_faults_of_callers_and_models_are_told_in_one_sentence() -> None:
         "unused": "1 parameters got no gradient in this backward pass, as --overlap-grad-reduce",
         "late weight": "modified by an inplace operation",
         "nan": "found NaN in local grad norm",
+        "fused elsewhere": "word_embeddings.weight was written before its bucket had memory",
         "scaled": "drop --calculate-per-token-loss",
         "not released": "ValueError: gradient_release=True needs DistributedDataParallel to be",
         "only released": "ValueError: DistributedDataParallel was built within released_buffers()",
@@ -271,8 +298,8 @@ def test_faults_of_callers_and_models_are_told_in_one_sentence() -> None:
         assert message in problems[fault], (fault, problems[fault])
 
 
-GOOD = """--flash-gradient-release --overlap-grad-reduce --clip-grad 0 --rerun-mode disabled
---no-gradient-accumulation-fusion""".split()
+GOOD = """--flash-gradient-release --overlap-grad-reduce --clip-grad 0
+--rerun-mode disabled""".split()
 # Flags that replace or follow the good ones, and parts of the message.
 REFUSED: dict[str, tuple[str, ...]] = {
     "--clip-grad 1.0": ("--clip-grad above 0", "--flash-bucket-clip-grad"),
@@ -304,7 +331,6 @@ REFUSED_ALONE: dict[str, tuple[str, ...]] = {
         "no --overlap-grad-reduce",
         "--clip-grad above 0",
         "--rerun-mode other than disabled",
-        "--no-gradient-accumulation-fusion",
     ),
     "--flash-accept-partial-step": ("--flash-gradient-release, which is not given",),
     "--flash-bucket-clip-grad 1": ("--flash-bucket-clip-grad cannot be used", "--clip-grad above"),
@@ -354,15 +380,11 @@ def _build_refusals() -> dict[str, str]:
     def averaged(model: Any) -> None:
         model.decoder.final_layernorm.weight.average_gradients_across_tp_domain = True
 
-    def fused(model: Any) -> None:
-        model.config.gradient_accumulation_fusion = True  # whose kernels need a GPU
-
     found = {
         "--overlap-grad-reduce": build(ddp={}),
         "--clip-grad above 0": build(optimizer={"clip_grad": 1.0}),
         "--grad-norm-skip-threshold": build(optimizer={"grad_norm_skip_threshold": 5.0}),
         "--flash-bucket-clip-grad": build({"bucket_clip_grad": 1.0}, optimizer={"clip_grad": 1.0}),
-        "accumulation fusion": build(prepare_model=fused),
         "averaged over tensor-parallel": build(prepare_model=averaged),
     }
     num_microbatches_calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)

@@ -16,8 +16,8 @@ NORMS = (2 * LAYERS + 1) * HIDDEN
 DENSE = LAYERS * (ATTENTION + MLP) + NORMS + VOCAB * HIDDEN
 SHARED_OF_MOE = LAYERS * (ATTENTION + EXPERTS * HIDDEN) + NORMS + VOCAB * HIDDEN
 MOE = f"--num-experts {EXPERTS} --expert-model-parallel-size 4"
-RELEASE = """--flash-gradient-release --overlap-grad-reduce --clip-grad 0 --rerun-mode disabled
---no-gradient-accumulation-fusion"""
+RELEASE = """--flash-gradient-release --overlap-grad-reduce --clip-grad 0
+--rerun-mode disabled"""
 TABLE = 4 / 2048  # one int32 per tile of 64 groups of 32
 # Flags, number of ranks, bytes.
 FLASH: dict[str, tuple[str, int, float]] = {
