@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mixed_precision import MIXED
 from ranks import run_ranks
 
 OVERLAP = {"bucket_size": 10_000, "overlap": True}
@@ -67,6 +68,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {**ONLY_REDUCE, **FUSED, "mtp": 1, "transformer": RECOMPUTED},
         {},
     ),
+    "fp32 norms": (1, {**ONLY_REDUCE, **MIXED, "grads_in_fp32": False}, {}),
     "multi-token prediction": (1, {**ONLY_REDUCE, "mtp": 1}, {}),
 }
 SMOKE = "2 ranks, param gather"
