@@ -52,21 +52,25 @@ class BucketGroup:
     Attributes:
         group: Megatron's ``_ParamAndGradBucketGroup``.
         finish_reduce: its own ``finish_grad_sync``.
+        opened: recorded behind the zeroing of its gradients.
         stepped: recorded behind its last launch.
         regions: addresses of the gradients of its buckets.
         launches: member and index of each shard.
         names: of its parameters.
         arrived: parameters whose gradient has come.
+        streams: on which gradients have come since it was opened.
         state: where it is in this iteration.
     """
 
     group: Any
     finish_reduce: Callable[[], None]
+    opened: Any
     stepped: Any
     regions: list[Region] = field(default_factory=list)
     launches: list[tuple[FlashDistributedOptimizer, int]] = field(default_factory=list)
     names: dict[torch.nn.Parameter, str] = field(default_factory=dict)
     arrived: set[torch.nn.Parameter] = field(default_factory=set)
+    streams: list[Any] = field(default_factory=list)
     state: State = State.IDLE
 
 
@@ -129,8 +133,11 @@ class GradientRelease:
         return regions
 
     def _take_over(self, chunk: Any, group: Any, regions: dict[int, Region]) -> BucketGroup:
-        stepped = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        entry = BucketGroup(group, group.finish_grad_sync, stepped)
+        opened, stepped = (
+            torch.cuda.Event()  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        entry = BucketGroup(group, group.finish_grad_sync, opened, stepped)
         entry.regions = [regions[id(bucket)] for bucket in group.buckets]
         entry.names = {p: name for name, p in chunk.named_parameters() if p in group.params}
         for name in _SET_IN_GROUPS:
@@ -198,8 +205,7 @@ class GradientRelease:
                 "shared by layers that are recomputed one by one; drop the flag for such a model"
             )
         entry.arrived.add(param)
-        if entry.state is State.IDLE:
-            self._open(entry)
+        self._make_open(entry)
 
     @torch.no_grad()
     def _gradient_announced(self, param: torch.nn.Parameter) -> None:
@@ -210,8 +216,7 @@ class GradientRelease:
         self._check_micro_batches(entry)
         self._check_announced(param)
         self._announced.add(param)
-        if entry.state is State.IDLE:
-            self._open(entry)
+        self._make_open(entry)
 
     def _check_announced(self, param: torch.nn.Parameter) -> None:
         # A layer that writes main_grad itself says so to DDP, which resets it in each iteration.
@@ -232,6 +237,15 @@ class GradientRelease:
                 "--global-batch-size, or drop the flag"
             )
 
+    def _make_open(self, entry: BucketGroup) -> None:
+        """Have the current stream write gradients of a bucket group behind its opening."""
+        if entry.state is State.IDLE:
+            self._open(entry)
+        stream = torch.cuda.current_stream()
+        if stream not in entry.streams:  # shared experts, say, have a stream of their own
+            stream.wait_event(entry.opened)
+            entry.streams.append(stream)
+
     def _open(self, entry: BucketGroup) -> None:
         """Give a bucket group memory, and zero it once the bucket before has been stepped."""
         for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
@@ -241,6 +255,8 @@ class GradientRelease:
                 self._step_reduced(upto=user)
                 torch.cuda.current_stream().wait_event(user.stepped)
             bucket.grad_data.zero_()
+        entry.opened.record(torch.cuda.current_stream())
+        entry.streams = [torch.cuda.current_stream()]
         entry.state = State.OPEN
         for param in entry.names:
             self._check_announced(param)
@@ -272,8 +288,9 @@ class GradientRelease:
     def _step(self, entry: BucketGroup) -> None:
         """Launch the step of a bucket group behind its reduce-scatter."""
         gather_dispatched = entry.group.param_gather_dispatched
-        # All that has read these weights is in the stream of the backward pass by now.
-        self._stream.wait_stream(torch.cuda.current_stream())
+        # All that has read these weights is in the streams of the backward pass by now.
+        for stream in (torch.cuda.current_stream(), *entry.streams):
+            self._stream.wait_stream(stream)
         with torch.cuda.stream(self._stream):
             if not self._stepping:
                 self._begin_step()

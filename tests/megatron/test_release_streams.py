@@ -91,6 +91,8 @@ def _ordered() -> dict[str, Any]:
     (member,) = trainer.optimizer.chained_optimizers
     found: dict[str, list[bool]] = {
         "slot zeroed behind its last step": [],
+        "gradient on another stream behind the zeroing": [],
+        "step behind a gradient on another stream": [],
         "step behind its reduction": [],
         "step behind the backward pass until then": [],
         "table filled behind the steps of before": [],
@@ -100,6 +102,9 @@ def _ordered() -> dict[str, Any]:
         "gather behind all steps": [],
     }
     last_step_on: dict[int, Moment] = {}
+    zeroed: dict[int, Moment] = {}
+    on_another: dict[int, Moment] = {}
+    another = _Stream()
     steps: list[Moment] = []
     streams: set[str] = set()
     filled: list[Moment] = []
@@ -137,6 +142,9 @@ def _ordered() -> dict[str, Any]:
             found["step behind its reduction"].append(_is_before(reduction.clock, moment)),
             found["step behind the backward pass until then"].append(_is_before(passed[0], moment)),
             last_step_on.__setitem__(id(region.slot), moment),
+            found["step behind a gradient on another stream"].append(
+                _is_before(on_another.pop(id(entry), {}), moment)
+            ),
         )
 
         class Watched(type(bucket.grad_data)):
@@ -144,8 +152,9 @@ def _ordered() -> dict[str, Any]:
 
             def zero_(self) -> Any:
                 before = last_step_on.get(id(region.slot), {})
+                zeroed[id(entry)] = current[-1].put()
                 if before:
-                    behind = _is_before(before, current[-1].put())
+                    behind = _is_before(before, zeroed[id(entry)])
                     found["slot zeroed behind its last step"].append(behind)
                 return super().zero_()
 
@@ -153,6 +162,22 @@ def _ordered() -> dict[str, Any]:
 
     for entry in release.groups:
         watch(entry)
+    (buffer,) = trainer.model[0].buffers
+    comes = buffer.on_gradient
+
+    def comes_on_another_stream(param: Any) -> None:
+        entry = release._group_of_param[param]
+        if param.ndim < 2 and entry.arrived:
+            with torch.cuda.stream(another):
+                comes(param)
+                on_another[id(entry)] = another.put()
+            found["gradient on another stream behind the zeroing"].append(
+                _is_before(zeroed[id(entry)], on_another[id(entry)])
+            )
+        else:
+            comes(param)
+
+    buffer.on_gradient = comes_on_another_stream
     of_launch = {launch: entry for entry in release.groups for launch in entry.launches}
     launch, fill = FlashOptimizer.launch, type(member.optimizer.table).fill
 
@@ -203,5 +228,6 @@ def test_what_shares_memory_is_ordered_on_the_streams_of_a_gpu() -> None:
             "slot zeroed behind its last step": steps - 2,
             "table filled behind the steps of before": rank["buckets"],
             "table filled behind the end of the step before": 2,
+            "gradient on another stream behind the zeroing": rank["buckets"],
         }
         assert len(seen) >= at_least.get(order, steps), order
