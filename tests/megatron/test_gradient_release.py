@@ -220,6 +220,23 @@ def _first_moments() -> list[dict[str, Any]]:
     return found
 
 
+def _coefficients(model: dict[str, Any]) -> tuple[float, list[float]]:
+    trainer = _build(False, model, CLIPPED)
+    norm = trainer.step()[1]
+    (member,) = trainer.optimizer.chained_optimizers
+    assert len(member.optimizer.shards) == 1
+    return norm, member.optimizer.table.grad_scale.tolist()
+
+
+@pytest.mark.parametrize("model", [{"tp": 2}, {}], ids=["tensor parallel", "data parallel"])
+def test_of_a_single_bucket_the_norm_is_that_of_all_gradients(model: dict[str, Any]) -> None:
+    """Copies on tensor-parallel ranks are counted once, shards on data-parallel ones all."""
+    for norm, coefficients in run_ranks(2, _coefficients, model):
+        assert norm > 1.0
+        expected = CLIPPED["bucket_clip_grad"] / (norm + 1e-6)
+        assert coefficients == pytest.approx([expected] * len(coefficients), rel=1e-5)
+
+
 def test_megatrons_training_loop_saves_with_release_and_goes_on_without_it_the_same(
     corpus: Path, tmp_path: Path
 ) -> None:
