@@ -8,7 +8,8 @@
 For 1 and for 2 data-parallel ranks (--ranks), starts torchrun three times. Two runs train one GPT
 each, without and with --flash-gradient-release, and note memory: persistent is what is allocated
 between two iterations, peak the most in an iteration, activations included; both are torch's count
-and the pool's, which torch's does not have, and the device's own count stands beside them. The
+and the pool's, which torch's does not have, and the device's own count stands beside them, as does
+the peak while model and optimizer are built. The
 third run trains both side by side on the same tokens, taking turns. First the check: losses,
 gradient norms, weights and state must be the same bits, or nothing is timed; afterwards they are
 compared again. Timed is a whole iteration of one micro-batch, from a device that has nothing to do
@@ -50,6 +51,7 @@ class MemoryRow:
     parameters: int
     persistent_bytes: int
     peak_bytes: int
+    build_peak_bytes: int
     device_bytes: int
     gradient_bytes: int
     buckets: int
@@ -59,7 +61,8 @@ class MemoryRow:
         """Return the row as printed."""
         figures = (self.persistent_bytes, self.peak_bytes, self.gradient_bytes)
         shown = " ".join(f"{value / 1e9:9.3f} {value / self.parameters:8.3f}" for value in figures)
-        return f"{self.ranks:5} {self.release:>7} {shown} {self.device_bytes / 1e9:9.3f}"
+        others = f"{self.build_peak_bytes / 1e9:9.3f} {self.device_bytes / 1e9:9.3f}"
+        return f"{self.ranks:5} {self.release:>7} {shown} {others}"
 
 
 class Trained:
@@ -141,6 +144,7 @@ class Trained:
         self.mask = (positions[None, :] > positions[:, None])[None, None]
         self.log: list[torch.Tensor] = []
         self.marks_end = False
+        self.build_peak_bytes = torch.cuda.max_memory_allocated()
 
     def iterate(self, batch: torch.Tensor) -> None:
         """Train on tokens (batch, sequence + 1), as Megatron's loop does."""
@@ -189,6 +193,7 @@ class Trained:
             parameters=self.parameters,
             persistent_bytes=torch.cuda.memory_allocated() + pool,
             peak_bytes=torch.cuda.max_memory_allocated() + pool,
+            build_peak_bytes=self.build_peak_bytes,
             device_bytes=used,
             gradient_bytes=pool if release else sum(b.grad_data.nbytes for b in buckets),
             buckets=len(buckets),
@@ -436,7 +441,8 @@ def main() -> None:
     first = report["ranks"][str(options.ranks[0])]
     print(", ".join(f"{key} {value}" for key, value in first["environment"].items()))
     print(f"{first['memory'][0]['parameters']:,} parameters in {first['buckets']} buckets")
-    print("ranks release  persistent: GB, B/par  peak: GB, B/par  gradients: GB, B/par  device GB")
+    print("ranks release  persistent: GB, B/par  peak: GB, B/par  gradients: GB, B/par "
+          "build GB device GB")  # fmt: skip
     for found in report["ranks"].values():
         for row in found["memory"]:
             print(MemoryRow(**row).line())
