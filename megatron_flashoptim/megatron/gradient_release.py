@@ -314,10 +314,14 @@ class GradientRelease:
         self._step_reduced(upto=entry)
         if entry.state is not State.STEPPED:
             missing = [name for p, name in entry.names.items() if p not in entry.arrived]
+            found = (
+                f"{len(missing)} parameters got no gradient in this backward pass, as "
+                f"--overlap-grad-reduce wants: {', '.join(missing[:4])}."
+                if missing
+                else f"Megatron has not reduced the bucket of {next(iter(entry.names.values()))}."
+            )
             raise RuntimeError(
-                f"--flash-gradient-release: {len(missing)} parameters got no gradient in this "
-                f"backward pass, as --overlap-grad-reduce wants: {', '.join(missing[:4])}. "
-                f"{self.partial_step() or ''}".rstrip()
+                f"--flash-gradient-release: {found} {self.partial_step() or ''}".rstrip()
             )
         entry.group.param_gather_dispatched = False
 
