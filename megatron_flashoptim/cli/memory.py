@@ -131,7 +131,10 @@ def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> tuple[float
     """Return bytes of weights, gradients and optimizer on the first rank of a pipeline stage."""
     buffer = stage.flash_buffer if variant.flash else stage.stock_buffer
     owned = stage.flash_shard if variant.flash else stage.owned
-    weights, grads = float(buffer * size.weight_bytes), float(buffer * size.grad_bytes)
+    gradients = buffer
+    if variant.flash and size.release_slots:  # at most: slots that only small buckets use are small
+        gradients = min(buffer, size.release_slots * stage.flash_bucket)
+    weights, grads = float(buffer * size.weight_bytes), float(gradients * size.grad_bytes)
     return weights, grads, owned * variant.state
 
 

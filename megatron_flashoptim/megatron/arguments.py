@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_flashoptim.codec import spec
+from megatron_flashoptim.megatron.release_support import refusal as release_refusal
 from megatron_flashoptim.megatron.support import early_gather_refusal, first_refusal
 from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig, fields_refusal
 from megatron_flashoptim.optim.rules import RULES
@@ -51,6 +52,26 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--flash-sgd-nesterov": {
         "action": "store_true",
         "help": "With --optimizer flash_sgd, take Nesterov's steps.",
+    },
+    "--flash-gradient-release": {
+        "action": "store_true",
+        "help": "With --overlap-grad-reduce, step a bucket in the backward pass as soon as its "
+        "gradients are reduced, and use their memory for the next. One micro-batch, --clip-grad 0.",
+    },
+    "--flash-release-slots": {
+        "type": int,
+        "help": "With --flash-gradient-release, how many buckets the memory for gradients is for; "
+        "it grows where more are open at the same time. Default 3.",
+    },
+    "--flash-accept-partial-step": {
+        "action": "store_true",
+        "help": "With --flash-gradient-release, go on after a backward pass that failed when some "
+        "buckets were stepped; the others miss one update.",
+    },
+    "--flash-bucket-clip-grad": {
+        "type": float,
+        "help": "Clip the gradients of each bucket to this norm, with or without gradient release; "
+        "needs --clip-grad 0. Default: no clipping by bucket.",
     },
 }
 
@@ -137,6 +158,9 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
         refusal = early_gather_refusal(namespace)
         if refusal is not None:
             error(refusal)
+    refusal = release_refusal(config, namespace)
+    if refusal is not None:
+        error(refusal)
     for flag in _FLAGS:
         setattr(namespace, _dest(flag), getattr(config, _dest(flag).removeprefix("flash_")))
     setattr(namespace, FIELD, name)
@@ -156,6 +180,10 @@ def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
         master_rounding=args.flash_master_rounding,
         early_param_gather=args.flash_early_param_gather,
         sgd_nesterov=args.flash_sgd_nesterov,
+        gradient_release=args.flash_gradient_release,
+        release_slots=args.flash_release_slots,
+        accept_partial_step=args.flash_accept_partial_step,
+        bucket_clip_grad=args.flash_bucket_clip_grad,
         seed=args.seed,
     )
 

@@ -17,8 +17,10 @@ from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
 from megatron_flashoptim.megatron import versions
+from megatron_flashoptim.megatron.bucket_clipping import BucketClipping
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.early_gather import EarlyGather
+from megatron_flashoptim.megatron.gradient_release import GradientRelease
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ class FlashChainedOptimizer(ChainedOptimizer):
 
     Args:
         chained_optimizers: the members of the chain Megatron built.
+
+    Attributes:
+        release: steps the members in the backward pass (``--flash-gradient-release``), or None.
 
     Raises:
         RuntimeError: a member is another optimizer: a binding was missed, and training would
@@ -48,6 +53,12 @@ class FlashChainedOptimizer(ChainedOptimizer):
         self._early_gather: EarlyGather | None = None
         if members and members[0].flash.early_param_gather:
             self._early_gather = EarlyGather(self.model_chunks, members)
+        self.release: GradientRelease | None = None
+        if members and members[0].flash.gradient_release:
+            self.release = GradientRelease(self.model_chunks, members)
+        for member in members:
+            if member.flash.bucket_clip_grad > 0.0:
+                BucketClipping(member, member.flash.bucket_clip_grad)
 
     @torch.no_grad()
     def step(self) -> tuple[bool, torch.Tensor | None, int | None]:
@@ -61,8 +72,13 @@ class FlashChainedOptimizer(ChainedOptimizer):
         Returns:
             ``(success, grad_norm, num_zeros_in_grad)`` as of Megatron's ``ChainedOptimizer``; the
             norm is an fp32 scalar on the device.
+
+        Raises:
+            RuntimeError: with gradient release, the backward pass has not stepped every bucket.
         """
         self.grad_norms_by_group: dict[str, torch.Tensor] = {}
+        if self.release is not None:
+            self.release.finish_step()
         if self._early_gather is not None:
             self._early_gather.begin()
         if self.prepare_grads():
@@ -176,7 +192,10 @@ class FlashChainedOptimizer(ChainedOptimizer):
         Raises:
             ValueError: an unsupported sharding type, or, on load, state of another optimizer,
                 format or bucket layout.
+            RuntimeError: with gradient release, on save, the last update is half applied.
         """
+        if not is_loading:
+            self._check_update_is_whole()
         content = kwargs.get("metadata")
         if is_loading and metadata.KEY not in (content or {}):
             for member in self.chained_optimizers:
@@ -200,6 +219,20 @@ class FlashChainedOptimizer(ChainedOptimizer):
             [m.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs) for m in members]
         )
 
+    def state_dict(self) -> Any:
+        """Return the members' state dicts, as Megatron does.
+
+        Raises:
+            RuntimeError: with gradient release, the last update is half applied.
+        """
+        self._check_update_is_whole()
+        return super().state_dict()
+
+    def _check_update_is_whole(self) -> None:
+        problem = None if self.release is None else self.release.partial_step()
+        if problem is not None:
+            raise RuntimeError(f"{problem} It is not saved.")
+
     def load_state_dict(self, state_dict: Any) -> None:
         """Load what ``sharded_state_dict`` or ``state_dict`` of such a chain became.
 
@@ -207,6 +240,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
             ValueError: the state is of another optimizer or format, has other param groups, or,
                 in the legacy format, is that of another number of optimizers.
         """
+        if self.release is not None:
+            self.release.forget()
         if isinstance(state_dict, dict) and _STOCK in state_dict:
             self._load_stock(state_dict)
             return
@@ -356,6 +391,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         return (
             f"{flash.optimizer}: {self.state_bytes() / owned:.4f} bytes of state per owned "
             f"parameter, {self._describe_masters(members, owned)}, {rounded}{counted} per step"
+            + (", in the backward pass" if flash.gradient_release else "")
         )
 
     @staticmethod

@@ -21,7 +21,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.checkpointing import FlashCheckpointing
-from megatron_flashoptim.megatron.grad_stats import GradRuns, ShardParam
+from megatron_flashoptim.megatron.grad_stats import GradRuns, ReleasedStats, ShardParam
 from megatron_flashoptim.megatron.layout import (
     check_group_alignment,
     check_weights,
@@ -29,6 +29,7 @@ from megatron_flashoptim.megatron.layout import (
     group_aligned_buffers,
 )
 from megatron_flashoptim.megatron.params_norm import Master, remember
+from megatron_flashoptim.megatron.released_buffers import check_buffer, released_buffers
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
 from megatron_flashoptim.optim.segments import Segment, SegmentTable
@@ -86,6 +87,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         self._clip_handles: list[torch.nn.Parameter] = []
         self._runs: dict[str | None, GradRuns] = {}
         self._every_run: GradRuns | None = None
+        self._released: ReleasedStats | None = None
         if not self.is_stub_optimizer:
             assert inner is not None
             # Only now, since the base class may take no optimizers but those it knows.
@@ -147,6 +149,8 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
 
     # For DDP that is made without a layout: ``with ...group_aligned_buffers(): model = DDP(...)``.
     group_aligned_buffers = staticmethod(group_aligned_buffers)
+    # Beside it with ``gradient_release=True``, whether DDP is made with a layout or not.
+    released_buffers = staticmethod(released_buffers)
 
     @classmethod
     def _build_model_and_main_param_groups(
@@ -176,6 +180,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         names = self._param_ids()
         for gbuf_index, buffer in enumerate(self.buffers):
             world_size = buffer.data_parallel_group.size()
+            check_buffer(buffer, released=self.flash.gradient_release)
             check_group_alignment(buffer, world_size)
             (bucket_ranges,) = self.gbuf_ranges[gbuf_index].values()
             for bucket, ranges in zip(buffer.buckets, bucket_ranges, strict=True):
@@ -260,16 +265,47 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         Not in ``__init__``, since Megatron sets ``tp_group`` after it.
         """
         if norm_group not in self._runs:
-
-            def counts(param: torch.nn.Parameter) -> bool:
-                own_group = versions.grad_norm_group(param)
-                if own_group not in versions.separate_grad_norm_groups():
-                    own_group = None
-                return own_group == norm_group and self._counts_on_this_rank(param)
-
             grads = [shard.grad for shard in self.optimizer.shards]
+            counts = self._counts_for(norm_group)
             self._runs[norm_group] = GradRuns(self.shard_params, grads, counts)
         return self._runs[norm_group]
+
+    def _counts_for(self, norm_group: str | None) -> Callable[[torch.nn.Parameter], bool]:
+        def counts(param: torch.nn.Parameter) -> bool:
+            own_group = versions.grad_norm_group(param)
+            if own_group not in versions.separate_grad_norm_groups():
+                own_group = None
+            return own_group == norm_group and self._counts_on_this_rank(param)
+
+        return counts
+
+    # Gradient release: the step of this optimizer, shard by shard in the backward pass.
+
+    def take_stats_of_shards(self) -> None:
+        """From now on norms and zero counts are taken by ``launch_released``, before each launch.
+
+        Not in ``__init__``, since Megatron sets ``tp_group`` after it.
+        """
+        groups = (None, *versions.separate_grad_norm_groups())
+        self._released = ReleasedStats(
+            self.shard_params,
+            [shard.grad for shard in self.optimizer.shards],
+            {group: self._counts_for(group) for group in groups},
+            with_zeros=self.config.log_num_zeros_in_grad,
+        )
+
+    def begin_released_step(self) -> None:
+        """Count a step, before the first ``launch_released`` of a backward pass."""
+        assert self._released is not None
+        self._released.clear()
+        self.optimizer.table.grad_scale.fill_(1.0)
+        self.optimizer.begin_step()
+
+    def launch_released(self, index: int) -> None:
+        """Step one shard, whose gradients are not needed afterwards."""
+        assert self._released is not None
+        self._released.take(index)
+        self.optimizer.launch(index)
 
     def _counts_on_this_rank(self, param: torch.nn.Parameter) -> bool:
         return versions.counts_on_this_rank(
@@ -287,6 +323,8 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         """
         if self.is_stub_optimizer:
             return []
+        if self._released is not None:
+            return self._released.norms(grad_norm_group)
         norms = self._grad_runs(grad_norm_group).norms()
         if self.grad_scaler:
             norms = [norm * self.grad_scaler.inv_scale for norm in norms]
@@ -324,7 +362,9 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         """Return the number of zero gradient elements over all ranks of this optimizer."""
         device = torch.device(torch.cuda.current_device())
         zeros = torch.zeros((), dtype=torch.int64, device=device)
-        if not self.is_stub_optimizer:
+        if self._released is not None:
+            zeros = self._released.count_zeros(device)
+        elif not self.is_stub_optimizer:
             for norm_group in (None, *versions.separate_grad_norm_groups()):
                 zeros = zeros + self._grad_runs(norm_group).count_zeros(device)
         torch.distributed.all_reduce(zeros, group=self.get_grad_stats_parallel_group())

@@ -13,6 +13,7 @@ from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.release_support import check_release
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import FlashOptimConfig
 
@@ -41,6 +42,7 @@ def get_megatron_optimizer(
     """
     flash = flash or FlashOptimConfig()
     check_configs(config, model_chunks, flash)
+    check_release(config, model_chunks, flash)
     with _distributed_optimizer_bound_to(flash):
         built = megatron.core.optimizer.get_megatron_optimizer(
             config, model_chunks, *args, **kwargs

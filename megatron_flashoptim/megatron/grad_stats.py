@@ -7,7 +7,7 @@ between them is zero in the gradient buffer and may be read along.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,3 +89,57 @@ class GradRuns:
         for view in self.views:
             zeros -= torch.count_nonzero(view)
         return zeros
+
+
+class ReleasedStats:
+    """Gradient statistics taken shard by shard, each while its gradients are there.
+
+    Args:
+        params: parameters of all shards, in order of shard and start.
+        grads: flat gradient view of each shard.
+        counts: for each norm group, whether a parameter counts on this rank.
+        with_zeros: count zeros too, which reads the gradients once more.
+    """
+
+    def __init__(
+        self,
+        params: list[ShardParam],
+        grads: list[torch.Tensor],
+        counts: Mapping[str | None, Callable[[torch.nn.Parameter], bool]],
+        *,
+        with_zeros: bool,
+    ) -> None:
+        of_shard: list[list[ShardParam]] = [[] for _ in grads]
+        for item in params:
+            of_shard[item.shard].append(item)
+        self._runs = {
+            group: [GradRuns(items, grads, counted) for items in of_shard]
+            for group, counted in counts.items()
+        }
+        self._with_zeros = with_zeros
+        self._norms: dict[str | None, list[list[torch.Tensor]]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was taken, before another backward pass."""
+        self._norms = {group: [[] for _ in runs] for group, runs in self._runs.items()}
+        self._counted = 0
+        self._nonzeros: list[torch.Tensor] = []
+
+    def take(self, shard: int) -> None:
+        """Take the statistics of one shard's gradients; no host sync."""
+        for group, runs in self._runs.items():
+            self._norms[group][shard] = runs[shard].norms()
+            if self._with_zeros:
+                self._counted += runs[shard].numel
+                self._nonzeros += [torch.count_nonzero(view) for view in runs[shard].views]
+
+    def norms(self, group: str | None) -> list[torch.Tensor]:
+        """Return what ``GradRuns.norms`` of all shards would, in the same order."""
+        taken = [norms for shard in self._norms.get(group, []) for norms in shard]
+        return [torch.cat(taken)] if taken else []
+
+    def count_zeros(self, device: torch.device) -> torch.Tensor:
+        """Return the number of zero elements as an int64 scalar on the device."""
+        zeros = torch.tensor(self._counted, dtype=torch.int64, device=device)
+        return zeros - sum(self._nonzeros)

@@ -3,6 +3,7 @@
 Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
 ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
+``_ParamAndGradBuffer.__init__`` (allocates no gradients with ``--flash-gradient-release``),
 ``dist_checkpointing.load`` (names damaged files), the training loop's ``calc_params_l2_norm``
 (sums in fp32) and the bytes in Megatron's theoretical memory figures. All do what Megatron does
 unless ``--optimizer`` names a flash optimizer; ``--report-theoretical-memory`` prints those figures
@@ -145,6 +146,16 @@ def wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     return layout.wrap_layout(original, lambda: _selected() is not None)
 
 
+def _wrap_buffer(original: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron_flashoptim.megatron.released_buffers import wrap_buffer_init
+
+    def applies() -> bool:
+        flash = _selected()
+        return flash is not None and flash.gradient_release
+
+    return wrap_buffer_init(original, applies)
+
+
 def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return what takes the norm of a flash optimizer's masters where they are."""
 
@@ -196,6 +207,11 @@ BINDINGS = (
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.__init__",
         _wrap_init,
+    ),
+    Binding(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBuffer.__init__",
+        _wrap_buffer,
     ),
     Binding("megatron.core.dist_checkpointing", "load", wrap_load),
     Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),

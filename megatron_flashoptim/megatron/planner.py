@@ -35,6 +35,7 @@ class StageSize:
         stock_buffer, flash_buffer: elements of param and of grad buffers, padding included.
         owned: parameter elements whose state this rank has under Megatron's layout.
         flash_shard: elements of its bucket shards under ours, padding included.
+        flash_bucket: elements of the largest bucket under ours.
     """
 
     stage: int
@@ -43,6 +44,7 @@ class StageSize:
     flash_buffer: int
     owned: int
     flash_shard: int
+    flash_bucket: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class RunSize:
         weight_bytes, grad_bytes: bytes per element of param and grad buffers.
         data_parallel_size: ranks that share the state of dense parameters.
         optimizer: the flash optimizer that the arguments name, or that stands in for Adam.
+        release_slots: buckets that have memory for gradients with gradient release; 0 without.
     """
 
     stages: tuple[StageSize, ...]
@@ -61,6 +64,7 @@ class RunSize:
     grad_bytes: int
     data_parallel_size: int
     optimizer: str
+    release_slots: int = 0
 
 
 def plan(arguments: Sequence[str], world_size: int) -> RunSize:
@@ -141,6 +145,7 @@ def _run_size(args: Any) -> RunSize:
         grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
         data_parallel_size=dense,
         optimizer=getattr(args, FIELD) or FlashOptimConfig().optimizer,
+        release_slots=args.flash_release_slots if args.flash_gradient_release else 0,
     )
 
 
@@ -233,7 +238,7 @@ def _stage_size(stage: int, chunks: Iterator[Any], args: Any, dense: int, expert
         pad_buckets_for_high_nccl_busbw=args.ddp_pad_buckets_for_high_nccl_busbw,
     )
     default = max(40_000_000, 1_000_000 * dense)  # as Megatron's training loop has it
-    found = dict.fromkeys(("parameters", "stock", "flash", "owned", "shard"), 0)
+    found = dict.fromkeys(("parameters", "stock", "flash", "owned", "shard", "bucket"), 0)
     for number, chunk in enumerate(chunks):
         bucketed = args.overlap_grad_reduce and stage == 0 and number == 0
         bucket_size = (args.ddp_bucket_size or default) if bucketed else None
@@ -248,6 +253,8 @@ def _stage_size(stage: int, chunks: Iterator[Any], args: Any, dense: int, expert
             ranks = expert if key.is_expert_parallel else dense
             found["flash"] += layout.bucket_indices[-1][1]
             found["shard"] += layout.bucket_indices[-1][1] // ranks
+            sizes = [end - start for start, end in layout.bucket_indices]
+            found["bucket"] = max(found["bucket"], *sizes)
     return StageSize(stage, *found.values())
 
 

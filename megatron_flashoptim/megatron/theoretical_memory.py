@@ -48,7 +48,21 @@ def weight_and_optimizer_bytes(
     else:  # fp32 weights are the master
         weight, grad = 4, 4
         state = flash_state_bytes(flash.rule, 16)
-    return parameters * (weight + grad) + owned * (state + TABLE_BYTES)
+    gradients = parameters * grad
+    if flash.gradient_release:
+        in_slots = flash.release_slots * _bucket_size(args, parameters) * grad
+        gradients = min(gradients, in_slots)
+    return parameters * weight + gradients + owned * (state + TABLE_BYTES)
+
+
+def _bucket_size(args: Any, parameters: float) -> float:
+    """Return the elements at which Megatron ends a bucket, with the parameter that reaches them."""
+    if args.ddp_bucket_size is not None:
+        return float(args.ddp_bucket_size)
+    if args.ddp_num_buckets is not None:
+        return parameters / float(args.ddp_num_buckets)
+    ranks = float(args.data_parallel_size * args.context_parallel_size)
+    return max(40_000_000.0, 1_000_000.0 * ranks)
 
 
 def report_before_training(args: Any) -> None:

@@ -70,6 +70,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
                 "prepare_grads",
                 "reload_model_params",
                 "sharded_state_dict",
+                "state_dict",
                 "step",
                 "step_with_ready_grads",
             )

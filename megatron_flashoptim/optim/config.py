@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -37,6 +38,14 @@ class FlashOptimConfig:
         early_param_gather: gather the weights of a bucket as soon as it is stepped, not in the next
             forward pass (``--flash-early-param-gather``); changes no bit.
         sgd_nesterov: take Nesterov's steps (``--flash-sgd-nesterov``); of flash_sgd alone.
+        gradient_release: step a bucket in the backward pass, as soon as its gradients are reduced,
+            and use their memory again (``--flash-gradient-release``); changes no bit.
+        release_slots: with it, how many buckets the memory for gradients is for
+            (``--flash-release-slots``); 2 or more.
+        accept_partial_step: with it, go on where a backward pass has failed after some buckets were
+            stepped (``--flash-accept-partial-step``).
+        bucket_clip_grad: clip the gradients of each bucket to this norm
+            (``--flash-bucket-clip-grad``); 0 clips nothing.
         seed: seed of all stochastic rounding; the command line uses Megatron's ``--seed``.
 
     Raises:
@@ -51,6 +60,10 @@ class FlashOptimConfig:
     master_rounding: spec.Rounding = "nearest"
     early_param_gather: bool = False
     sgd_nesterov: bool = False
+    gradient_release: bool = False
+    release_slots: int = 3
+    accept_partial_step: bool = False
+    bucket_clip_grad: float = 0.0
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -63,6 +76,20 @@ class FlashOptimConfig:
         refusal = fields_refusal(self.optimizer, changed)
         if refusal is not None:
             raise ValueError(refusal)
+        if self.release_slots < 2:
+            raise ValueError(
+                f"--flash-release-slots must be 2 or more, got {self.release_slots}: one bucket is "
+                "filled while another is reduced and stepped"
+            )
+        if not 0.0 <= self.bucket_clip_grad < math.inf:
+            raise ValueError(
+                f"--flash-bucket-clip-grad must be a norm above 0, or 0 for none; got "
+                f"{self.bucket_clip_grad}"
+            )
+        if self.accept_partial_step and not self.gradient_release:
+            raise ValueError(
+                "--flash-accept-partial-step is for --flash-gradient-release, which is not given"
+            )
         if self.master_bits == 16 and self.master_rounding != "stochastic":
             raise ValueError(
                 "--flash-master-bits 16 keeps no correction, so that updates below half a bf16 "

@@ -37,6 +37,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         table: hyper-parameters on the device; ``table.grad_scale`` scales the gradients.
         row_groups: for each row of the table, the index of its param group.
         defers_launches: ``step`` prepares the step and leaves each ``launch`` to the caller.
+        steps_elsewhere: ``step`` does nothing; the caller calls ``begin_step`` and each ``launch``.
+        before_launch: called with the index of each shard right before it is stepped, or None.
 
     Raises:
         ValueError: an option that the rule does not take.
@@ -65,6 +67,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         self.row_groups: list[int] = []
         self.table = HyperTable(0, "cpu")
         self.defers_launches = False
+        self.steps_elsewhere = False
+        self.before_launch: Callable[[int], None] | None = None
         self._rounding: spec.Rounding = "nearest"
         self._capturable = capturable
         self._offloaded = False
@@ -131,6 +135,20 @@ class FlashOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("FlashOptimizer.step takes no closure")
+        if self.steps_elsewhere:
+            return
+        self.begin_step()
+        if not self.defers_launches:
+            for index in range(len(self.shards)):
+                self.launch(index)
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Count a step and fill the table of hyper-parameters for its launches.
+
+        Raises:
+            RuntimeError: the state is offloaded.
+        """
         self.check_not_offloaded()
         if self._device_hyper is not None:
             self._device_hyper.advance(self.flash.seed)
@@ -142,13 +160,12 @@ class FlashOptimizer(torch.optim.Optimizer):
         if self.rule.keeps_exp_avg_sq:
             betas = (self.param_groups[index]["betas"] for index in self.row_groups)
             self._rounding = self.flash.resolve_rounding(max((b for _, b in betas), default=0))
-        if not self.defers_launches:
-            for index in range(len(self.shards)):
-                self.launch(index)
 
     @torch.no_grad()
     def launch(self, index: int) -> None:
-        """Step one shard by the hyper-parameters of the last ``step``."""
+        """Step one shard by the hyper-parameters of the last ``begin_step``."""
+        if self.before_launch is not None:
+            self.before_launch(index)
         step_(
             self.shards[index],
             self.table,

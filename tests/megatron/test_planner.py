@@ -92,6 +92,34 @@ def test_plan_of_an_fp32_model_agrees_with_live_runs_within_1_percent() -> None:
         assert planned[name] == pytest.approx(live[0], rel=0.01)
 
 
+def _live_pool() -> int:
+    import tiny_gpt
+
+    from megatron_flashoptim import FlashOptimConfig
+
+    setup = tiny_gpt.Setup(
+        flash=FlashOptimConfig(gradient_release=True),
+        hidden=256,
+        bucket_size=100_000,
+        ddp={"overlap_grad_reduce": True},
+        optimizer={"clip_grad": 0.0},
+    )
+    trainer = tiny_gpt.build(setup)
+    trainer.train(1)
+    return int(trainer.optimizer.release.pool.memory.nbytes)
+
+
+def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
+    flags = """--overlap-grad-reduce --ddp-bucket-size 100000 --clip-grad 0 --rerun-mode disabled"""
+    whole = _planned(1, flags)["flash_adamw, 24-bit masters"]
+    planned = _planned(1, f"{flags} --flash-gradient-release")
+    assert planned["adam (fp32 master and moments)"][1] == pytest.approx(whole[1], rel=0.01)
+    weights, gradients, state = planned["flash_adamw, 24-bit masters"]
+    assert (weights, state) == (whole[0], whole[2])
+    (live,) = run_ranks(1, _live_pool)
+    assert 0.7 * gradients < live <= gradients < 0.8 * whole[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

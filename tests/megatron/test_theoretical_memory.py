@@ -16,6 +16,8 @@ NORMS = (2 * LAYERS + 1) * HIDDEN
 DENSE = LAYERS * (ATTENTION + MLP) + NORMS + VOCAB * HIDDEN
 SHARED_OF_MOE = LAYERS * (ATTENTION + EXPERTS * HIDDEN) + NORMS + VOCAB * HIDDEN
 MOE = f"--num-experts {EXPERTS} --expert-model-parallel-size 4"
+RELEASE = """--flash-gradient-release --overlap-grad-reduce --clip-grad 0
+--rerun-mode disabled"""
 TABLE = 4 / 2048  # one int32 per tile of 64 groups of 32
 # Flags, number of ranks, bytes.
 FLASH: dict[str, tuple[str, int, float]] = {
@@ -36,6 +38,18 @@ FLASH: dict[str, tuple[str, int, float]] = {
         4,
         DENSE * (6 + (3.125 + TABLE) / 2),
     ),
+    # Slots of the bucket size, 3 by default.
+    "gradient release": (
+        f"{RELEASE} --ddp-bucket-size 10000",
+        4,
+        DENSE * (2 + (3.125 + TABLE) / 4) + 3 * 10000 * 4,
+    ),
+    "gradient release, 2 slots of 8": (
+        f"{RELEASE} --ddp-num-buckets 8 --flash-release-slots 2",
+        4,
+        DENSE * (2 + 2 / 8 * 4 + (3.125 + TABLE) / 4),
+    ),
+    "gradient release, one bucket": (RELEASE, 4, DENSE * (6 + (3.125 + TABLE) / 4)),
     "experts": (
         MOE,
         8,

@@ -282,6 +282,18 @@ def _wrapped(
     stage: int,
 ) -> DistributedDataParallel:
     """Return the model in DDP, with buckets where Megatron's training loop makes several."""
+    releases = setup.flash is not None and setup.flash.gradient_release
+    with FlashDistributedOptimizer.released_buffers() if releases else nullcontext():
+        return _bucketed(setup, config, ddp_config, model, stage)
+
+
+def _bucketed(
+    setup: Setup,
+    config: TransformerConfig,
+    ddp_config: DistributedDataParallelConfig,
+    model: GPTModel,
+    stage: int,
+) -> DistributedDataParallel:
     one_bucket = stage > 0 or bool(setup.optimizer.get("overlap_param_gather_with_optimizer_step"))
     if setup.foreign_layout or not versions.computes_layouts():
         align = setup.flash is not None and not setup.foreign_layout

@@ -1,0 +1,373 @@
+"""Step every bucket in the backward pass and use its gradients' memory again.
+
+(``--flash-gradient-release``.) A bucket group of DDP goes through four states in an iteration:
+
+    IDLE      no gradient has come; its addresses may have the memory of another bucket behind them
+    OPEN      its first gradient came: it has a slot of the pool to itself, zeroed
+    REDUCED   all gradients came, and Megatron has dispatched their reduce-scatter
+    STEPPED   its step is launched; once that has run, the slot may be written for another bucket
+
+On a GPU the step is launched as soon as the reduce-scatter is dispatched, on a stream of its own
+that waits for it, and the backward pass waits, on its stream, for the step whose slot it is about
+to write. On CPU ranks waiting for a reduce-scatter blocks, so the step of a bucket is put off until
+the next one is reduced, or its slot is needed.
+
+Why no weight is stepped too early, and what is refused: docs/gradient-release.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.utils import log_single_rank
+
+from megatron_flashoptim.megatron import versions
+from megatron_flashoptim.megatron.address_range import memory_of
+from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.fused_wgrad import announce_gradients
+from megatron_flashoptim.megatron.grad_pool import GradPool, Region
+
+logger = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Where a bucket group is in an iteration."""
+
+    IDLE = enum.auto()
+    OPEN = enum.auto()
+    REDUCED = enum.auto()
+    STEPPED = enum.auto()
+
+
+@dataclass(eq=False)
+class BucketGroup:
+    """A bucket group of DDP, its memory and its launches.
+
+    Attributes:
+        group: Megatron's ``_ParamAndGradBucketGroup``.
+        finish_reduce: its own ``finish_grad_sync``.
+        opened: recorded behind the zeroing of its gradients.
+        stepped: recorded behind its last launch.
+        regions: addresses of the gradients of its buckets.
+        launches: member and index of each shard.
+        names: of its parameters.
+        arrived: parameters whose gradient has come.
+        streams: on which gradients have come since it was opened.
+        state: where it is in this iteration.
+    """
+
+    group: Any
+    finish_reduce: Callable[[], None]
+    opened: Any
+    stepped: Any
+    regions: list[Region] = field(default_factory=list)
+    launches: list[tuple[FlashDistributedOptimizer, int]] = field(default_factory=list)
+    names: dict[torch.nn.Parameter, str] = field(default_factory=dict)
+    arrived: set[torch.nn.Parameter] = field(default_factory=set)
+    streams: list[Any] = field(default_factory=list)
+    state: State = State.IDLE
+
+
+class GradientRelease:
+    """Hooks itself into DDP's bucket groups and steps them.
+
+    Args:
+        chunks: model chunks wrapped in DDP, made with gradients without memory.
+        members: the chain's members that have parameters.
+
+    Attributes:
+        groups: every bucket group.
+        pool: memory of the gradients.
+
+    Raises:
+        ImportError: this release of Megatron counts gradients in another way.
+    """
+
+    def __init__(self, chunks: Sequence[Any], members: Sequence[FlashDistributedOptimizer]) -> None:
+        flash = members[0].flash
+        self._members = list(members)
+        self._accepts_partial_step = flash.accept_partial_step
+        self._device = torch.device(torch.cuda.current_device())
+        # Streams and events of torch have no annotations.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.pool = GradPool(memory_of(self._device), flash.release_slots)
+        # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
+        self._puts_off = self._device.type != "cuda"
+        self._reduced: list[BucketGroup] = []
+        self._stepping = False
+        self._told = False
+        regions = self._take_over_buffers(chunks)
+        self.groups = [
+            self._take_over(chunk, group, regions)
+            for chunk in chunks
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
+        self._group_of = {region: entry for entry in self.groups for region in entry.regions}
+        self._group_of_param = {param: entry for entry in self.groups for param in entry.names}
+        self._announced: set[torch.nn.Parameter] = set()
+        for chunk in chunks:
+            if chunk.config.gradient_accumulation_fusion:
+                announce_gradients(chunk.module, self._gradient_announced)
+        of_bucket = {id(bucket): entry for entry in self.groups for bucket in entry.group.buckets}
+        for member in members:
+            member.optimizer.steps_elsewhere = True
+            member.take_stats_of_shards()
+            for index, bucket in enumerate(member.shard_buckets):
+                of_bucket[id(bucket)].launches.append((member, index))
+
+    def _take_over_buffers(self, chunks: Sequence[Any]) -> dict[int, Region]:
+        """Have the buffers' resets begin iterations; return each bucket's region by its id."""
+        regions: dict[int, Region] = {}
+        for chunk in chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                buffer.on_reset = self.begin_iteration
+                buffer.on_gradient = self._gradient_comes
+                for bucket, region in zip(buffer.buckets, buffer.regions, strict=True):
+                    regions[id(bucket)] = region
+        return regions
+
+    def _take_over(self, chunk: Any, group: Any, regions: dict[int, Region]) -> BucketGroup:
+        opened, stepped = (
+            torch.cuda.Event()  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        entry = BucketGroup(group, group.finish_grad_sync, opened, stepped)
+        entry.regions = [regions[id(bucket)] for bucket in group.buckets]
+        entry.names = {p: name for name, p in chunk.named_parameters() if p in group.params}
+        for name in _SET_IN_GROUPS:
+            if not hasattr(group, name):
+                raise ImportError(
+                    f"--flash-gradient-release needs {name} of DDP's bucket groups, which "
+                    f"megatron-core {versions.installed_version()} does not have"
+                )
+        # Megatron learns from a first iteration how many gradients each parameter gets, and
+        # reduces all buckets at its end. More than one is refused, see _gradient_comes.
+        group.golden_per_param_grad_ready_counts = dict.fromkeys(group.params, 1)
+        group.is_first_batch = False
+        group.start_grad_sync = functools.partial(self._reduce, entry, group.start_grad_sync)
+        group.finish_grad_sync = functools.partial(self._finish_reduce, entry)
+        return entry
+
+    # An iteration, in the order of calls.
+
+    def begin_iteration(self) -> None:
+        """Make all buckets idle, where Megatron zeroes gradients; again where there are several.
+
+        Raises:
+            RuntimeError: the update before was left in the middle.
+        """
+        if self._stepping:
+            problem = self.partial_step()
+            if not self._accepts_partial_step:
+                raise RuntimeError(f"{problem} {_WHAT_TO_DO}")
+            logger.warning("%s Training goes on, as --flash-accept-partial-step says.", problem)
+            self._step_all_reduced()
+            torch.cuda.synchronize()
+            self._stepping = False
+        self.pool.close_all()  # what a backward pass that failed has left open
+        for entry in self.groups:
+            entry.state = State.IDLE
+            entry.arrived.clear()
+        self._announced.clear()
+
+    def partial_step(self) -> str | None:
+        """Return what is wrong if an update was begun and not ended, else None."""
+        if not self._stepping:
+            return None
+        stepped = sum(entry.state is State.STEPPED for entry in self.groups)
+        if stepped == len(self.groups):
+            return (
+                "--flash-gradient-release: the backward pass has stepped every bucket, and no "
+                "optimizer.step() came after it."
+            )
+        return (
+            f"--flash-gradient-release: a backward pass ended with {stepped} of "
+            f"{len(self.groups)} buckets stepped; weights and state are those of half an update."
+        )
+
+    @torch.no_grad()
+    def _gradient_comes(self, param: torch.nn.Parameter) -> None:
+        """Open the bucket of a parameter, right before Megatron adds its gradient there."""
+        entry = self._group_of_param[param]
+        self._check_micro_batches(entry)
+        self._check_announced(param)
+        if param in entry.arrived or entry.state not in (State.IDLE, State.OPEN):
+            raise RuntimeError(
+                f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
+                "first was used. Either several micro-batches were accumulated, or "
+                "zero_grad_buffer() was not called after optimizer.step(), or the parameter is "
+                "shared by layers that are recomputed one by one; drop the flag for such a model"
+            )
+        entry.arrived.add(param)
+        self._make_open(entry)
+
+    @torch.no_grad()
+    def _gradient_announced(self, param: torch.nn.Parameter) -> None:
+        """Open the bucket of a parameter before a fused GEMM writes its gradient."""
+        entry = self._group_of_param.get(param)
+        if entry is None:
+            return  # frozen
+        self._check_micro_batches(entry)
+        self._check_announced(param)
+        self._announced.add(param)
+        self._make_open(entry)
+
+    def _check_announced(self, param: torch.nn.Parameter) -> None:
+        # A layer that writes main_grad itself says so to DDP, which resets it in each iteration.
+        if getattr(param, "grad_added_to_main_grad", False) and param not in self._announced:
+            name = self._group_of_param[param].names[param]
+            raise RuntimeError(
+                f"--flash-gradient-release: the gradient of {name} was written before its bucket "
+                "had memory, by a layer other than the module that has it or is called with it; "
+                "weights and state are not to be used. Give --no-gradient-accumulation-fusion"
+            )
+
+    @staticmethod
+    def _check_micro_batches(entry: BucketGroup) -> None:
+        if not entry.group.is_last_microbatch:
+            raise RuntimeError(
+                "--flash-gradient-release cannot accumulate several micro-batches: each would be "
+                "stepped alone; use --micro-batch-size times the data-parallel size as "
+                "--global-batch-size, or drop the flag"
+            )
+
+    def _make_open(self, entry: BucketGroup) -> None:
+        """Have the current stream write gradients of a bucket group behind its opening."""
+        if entry.state is State.IDLE:
+            self._open(entry)
+        stream = torch.cuda.current_stream()
+        if stream not in entry.streams:  # shared experts, say, have a stream of their own
+            stream.wait_event(entry.opened)
+            entry.streams.append(stream)
+
+    def _open(self, entry: BucketGroup) -> None:
+        """Give a bucket group memory, and zero it once the bucket before has been stepped."""
+        for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
+            before = self.pool.open(region, entry.stepped.synchronize)
+            if before is not None:
+                user = self._group_of[before]
+                self._step_reduced(upto=user)
+                torch.cuda.current_stream().wait_event(user.stepped)
+            bucket.grad_data.zero_()
+        entry.opened.record(torch.cuda.current_stream())
+        entry.streams = [torch.cuda.current_stream()]
+        entry.state = State.OPEN
+        for param in entry.names:
+            self._check_announced(param)
+
+    def _reduce(
+        self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False
+    ) -> None:
+        """Stand in for Megatron's ``start_grad_sync``: all gradients of the group have come."""
+        start(force_all_reduce=force_all_reduce)
+        entry.state = State.REDUCED
+        for region in entry.regions:
+            self.pool.close(region)
+        if self._puts_off:
+            self._step_all_reduced()
+            self._reduced.append(entry)
+        else:
+            self._step(entry)
+
+    def _step_all_reduced(self) -> None:
+        if self._reduced:
+            self._step_reduced(upto=self._reduced[-1])
+
+    def _step_reduced(self, upto: BucketGroup) -> None:
+        """Step what was put off, up to a bucket group, in the order of reduction."""
+        while upto in self._reduced:
+            self._step(self._reduced.pop(0))
+
+    @torch.no_grad()
+    def _step(self, entry: BucketGroup) -> None:
+        """Launch the step of a bucket group behind its reduce-scatter."""
+        gather_dispatched = entry.group.param_gather_dispatched
+        # All that has read these weights is in the streams of the backward pass by now.
+        for stream in (torch.cuda.current_stream(), *entry.streams):
+            self._stream.wait_stream(stream)
+        with torch.cuda.stream(self._stream):
+            if not self._stepping:
+                self._begin_step()
+            entry.finish_reduce()
+            for member, index in entry.launches:
+                member.launch_released(index)
+            entry.stepped.record(self._stream)
+        # Which has Megatron gather in the next forward pass, but also where a layer is recomputed.
+        entry.group.param_gather_dispatched = gather_dispatched
+        entry.state = State.STEPPED
+        # Autograd now refuses, with an error, to use these weights where it has kept them.
+        torch.autograd.graph.increment_version(list(entry.group.params))
+
+    def _begin_step(self) -> None:
+        self._stepping = True
+        for member in self._members:
+            member.begin_released_step()
+
+    def _finish_reduce(self, entry: BucketGroup, force_all_reduce: bool = False) -> None:
+        """Stand in for Megatron's ``finish_grad_sync``, after the backward pass."""
+        self._step_reduced(upto=entry)
+        if entry.state is not State.STEPPED:
+            missing = [name for p, name in entry.names.items() if p not in entry.arrived]
+            found = (
+                f"{len(missing)} parameters got no gradient in this backward pass, as "
+                f"--overlap-grad-reduce wants: {', '.join(missing[:4])}."
+                if missing
+                else f"Megatron has not reduced the bucket of {next(iter(entry.names.values()))}."
+            )
+            raise RuntimeError(
+                f"--flash-gradient-release: {found} {self.partial_step() or ''}".rstrip()
+            )
+        entry.group.param_gather_dispatched = False
+
+    def finish_step(self) -> None:
+        """End the update, from ``optimizer.step()``: the compute stream waits for all launches.
+
+        Raises:
+            RuntimeError: not every bucket has been stepped.
+        """
+        if not self._stepping:
+            raise RuntimeError(
+                "--flash-gradient-release: optimizer.step() came without a backward pass before "
+                "it, in which buckets are stepped"
+            )
+        if any(entry.state not in (State.REDUCED, State.STEPPED) for entry in self.groups):
+            raise RuntimeError(f"{self.partial_step()} {_WHAT_TO_DO}")
+        self._step_all_reduced()  # where the caller has not finalized the gradients
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._stepping = False
+        if not self._told:
+            self._told = True
+            log_single_rank(logger, logging.INFO, self.describe())
+
+    def forget(self) -> None:
+        """Forget an update that was left in the middle: another state is loaded."""
+        for entry in self._reduced:
+            entry.finish_reduce()
+        self._reduced.clear()
+        self._stepping = False
+
+    def describe(self) -> str:
+        """Return one line: memory of gradients, and what they would take without release."""
+        whole = sum(region.nbytes for entry in self.groups for region in entry.regions)
+        return (
+            f"gradient release: {len(self._group_of)} buckets of {whole / 1e6:.1f} MB take turns "
+            f"in {len(self.pool.slots)} slots of {self.pool.memory.nbytes / 1e6:.1f} MB together"
+        )
+
+
+# Where another release had other names for these, setting them would do nothing.
+_SET_IN_GROUPS = (
+    *("golden_per_param_grad_ready_counts", "is_first_batch", "is_last_microbatch"),
+    *("start_grad_sync", "finish_grad_sync", "param_gather_dispatched"),
+)
+
+_WHAT_TO_DO = (
+    "Load the last checkpoint, or give --flash-accept-partial-step to go on from here: buckets "
+    "that were not stepped then miss one update."
+)

@@ -1,0 +1,461 @@
+#!/usr/bin/env python3
+"""Memory and time of training with and without gradient release.
+
+    scripts/bench_gradient_release.py --out results
+    scripts/bench_gradient_release.py --device cpu --layers 2 --hidden 64 --heads 4 --vocab 256 \\
+        --sequence 64 --bucket-size 30000 --repeats 3 --out results
+
+For 1 and for 2 data-parallel ranks (--ranks), starts torchrun three times. Two runs train one GPT
+each, without and with --flash-gradient-release, and note memory: persistent is what is allocated
+between two iterations, peak the most in an iteration, activations included; both are torch's count
+and the pool's, which torch's does not have, and the device's own count stands beside them, as does
+the peak while model and optimizer are built. The
+third run trains both side by side on the same tokens, taking turns. First the check: losses,
+gradient norms, weights and state must be the same bits, or nothing is timed; afterwards they are
+compared again. Timed is a whole iteration of one micro-batch, from a device that has nothing to do
+(CUDA events; the slowest rank counts). Then one iteration of each is profiled: a Chrome trace, and
+a picture of its kernels by stream, with how much of the steps' time lies before the end of the
+backward pass. Both ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT
+of 1.4 billion parameters is the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_gpt
+import torch
+from bench_param_gather import Clock, bits, device_of, environment, tokens
+
+MODES = ("off", "on")
+CHECKED = 4
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of one way on the rank that has most; per parameter of the model."""
+
+    ranks: int
+    release: str
+    parameters: int
+    persistent_bytes: int
+    peak_bytes: int
+    build_peak_bytes: int
+    device_bytes: int
+    gradient_bytes: int
+    buckets: int
+    slots: int
+
+    def line(self) -> str:
+        """Return the row as printed."""
+        figures = (self.persistent_bytes, self.peak_bytes, self.gradient_bytes)
+        shown = " ".join(f"{value / 1e9:9.3f} {value / self.parameters:8.3f}" for value in figures)
+        others = f"{self.build_peak_bytes / 1e9:9.3f} {self.device_bytes / 1e9:9.3f}"
+        return f"{self.ranks:5} {self.release:>7} {shown} {others}"
+
+
+class Trained:
+    """A GPT that trains on random tokens, and its optimizer."""
+
+    def __init__(self, options: argparse.Namespace, mode: str) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        from megatron_flashoptim import (
+            FlashDistributedOptimizer,
+            FlashOptimConfig,
+            get_megatron_optimizer,
+        )
+
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1)
+        config, model = bench_gpt.build(
+            options,
+            device_of(options),
+            tied=options.tied,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            masked_softmax_fusion=False,
+            **(
+                dict(
+                    recompute_granularity="full",
+                    recompute_method="uniform",
+                    recompute_num_layers=1,
+                )
+                if options.recompute
+                else {}
+            ),
+        )
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=options.fp32_gradients,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            bucket_size=options.bucket_size,
+        )
+        flash = FlashOptimConfig(gradient_release=mode == "on", release_slots=options.slots)
+        params = list(model.parameters())
+        layout = FlashDistributedOptimizer.compute_full_param_layout(
+            params, options.bucket_size, torch.distributed.get_world_size(), ddp_config
+        )
+
+        def wrapped() -> Any:
+            return DistributedDataParallel(config, ddp_config, model, full_param_layout=layout)
+
+        if mode == "on":
+            with FlashDistributedOptimizer.released_buffers():
+                self.chunk = wrapped()
+        else:
+            self.chunk = wrapped()
+        self.parameters = sum(param.numel() for param in params)
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=1e-4,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            clip_grad=0.0,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            use_distributed_optimizer=True,
+            overlap_param_gather=True,
+        )
+        self.optimizer = get_megatron_optimizer(optimizer_config, [self.chunk], flash=flash)
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimizer_config.lr
+        self.finalize = finalize_model_grads
+        positions = torch.arange(options.sequence, device=device_of(options))
+        self.positions = positions.expand(options.micro_batch, -1)
+        self.mask = (positions[None, :] > positions[:, None])[None, None]
+        self.log: list[torch.Tensor] = []
+        self.marks_end = False
+        self.build_peak_bytes = torch.cuda.max_memory_allocated()
+
+    def iterate(self, batch: torch.Tensor) -> None:
+        """Train on tokens (batch, sequence + 1), as Megatron's loop does."""
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with torch.profiler.record_function("forward"):
+            losses: torch.Tensor = self.chunk(
+                batch[:, :-1], self.positions, self.mask, labels=batch[:, 1:]
+            )
+            loss = losses.float().mean()
+        with torch.profiler.record_function("backward"):
+            # torch.Tensor.backward has no annotations.
+            loss.backward()  # type: ignore[no-untyped-call]
+            if self.marks_end:
+                # A kernel that is found in the trace.
+                torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
+            self.finalize([self.chunk])
+        with torch.profiler.record_function("optimizer.step"):
+            success, norm, _ = self.optimizer.step()
+        assert success and norm is not None
+        self.log += [loss.detach(), norm]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield losses and norms, gathered weights and this rank's state."""
+        self.chunk.disable_forward_pre_hook(param_sync=True)
+        self.chunk.enable_forward_pre_hook()
+        yield torch.stack(self.log)
+        yield from (param.data for param in self.chunk.parameters())
+        for member in self.optimizer.chained_optimizers:
+            yield from (tensor for shard in member.optimizer.shards for _, tensor in shard.state())
+
+    def memory(self, ranks: int, mode: str) -> MemoryRow:
+        """Return the bytes of this rank, between two iterations."""
+        gc.collect()
+        torch.cuda.synchronize()
+        release = self.optimizer.release
+        buckets = [bucket for group in self.chunk.bucket_groups for bucket in group.buckets]
+        pool = 0 if release is None else release.pool.memory.nbytes
+        used = 0
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            used = total - free
+        return MemoryRow(
+            ranks=ranks,
+            release=mode,
+            parameters=self.parameters,
+            persistent_bytes=torch.cuda.memory_allocated() + pool,
+            peak_bytes=torch.cuda.max_memory_allocated() + pool,
+            build_peak_bytes=self.build_peak_bytes,
+            device_bytes=used,
+            gradient_bytes=pool if release else sum(b.grad_data.nbytes for b in buckets),
+            buckets=len(buckets),
+            slots=0 if release is None else len(release.pool.slots),
+        )
+
+
+def check_same(both: dict[str, Trained]) -> None:
+    """Compare losses, norms, weights and state of both ways, a collective.
+
+    Raises:
+        SystemExit: a bit differs on some rank.
+    """
+    pairs = zip(both["off"].tensors(), both["on"].tensors(), strict=True)
+    differ = sum(not torch.equal(bits(one), bits(other)) for one, other in pairs)
+    counts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, differ)
+    if any(counts):
+        raise SystemExit(f"release trains other bits: tensors that differ by rank: {counts}")
+
+
+def timed(options: argparse.Namespace, trained: Trained, iteration: int) -> float:
+    """Run one iteration; return its ms on the slowest rank."""
+    batch = tokens(options, iteration)
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    clock = Clock(options.device == "cuda")
+    clock.mark()
+    trained.iterate(batch)
+    clock.mark()
+    times = torch.tensor(clock.milliseconds(), device=device_of(options))
+    torch.distributed.all_reduce(times, op=torch.distributed.ReduceOp.MAX)
+    return float(times.item())
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Train one GPT; return its memory on the rank that has most."""
+    trained = Trained(options, options.mode)
+    torch.cuda.reset_peak_memory_stats()
+    for iteration in range(CHECKED):
+        trained.iterate(tokens(options, iteration))
+    row = asdict(trained.memory(torch.distributed.get_world_size(), options.mode))
+    rows: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(rows, row)
+    return {"memory": max(rows, key=lambda found: float(found["peak_bytes"]))}
+
+
+def measure_time(options: argparse.Namespace) -> dict[str, Any]:
+    """Train both GPTs side by side; check, time and profile."""
+    both = {mode: Trained(options, mode) for mode in MODES}
+    # Enough iterations for Triton to compile and for the allocator to settle.
+    for iteration in range(CHECKED):
+        for trained in both.values():
+            trained.iterate(tokens(options, iteration))
+    check_same(both)
+    samples: dict[str, list[float]] = {mode: [] for mode in MODES}
+    gc.disable()
+    for repeat in range(options.repeats):
+        # Who comes second finds other caches: take turns.
+        for mode in MODES if repeat % 2 else reversed(MODES):
+            samples[mode].append(timed(options, both[mode], CHECKED + repeat))
+    gc.enable()
+    check_same(both)
+    profiles = {mode: profiled(options, both[mode], mode) for mode in MODES}
+    pairs = zip(samples["off"], samples["on"], strict=True)
+    return {
+        "environment": environment(options),
+        "buckets": len(both["on"].chunk.bucket_groups),
+        "checked_iterations": CHECKED + options.repeats,
+        "iteration_ms": {mode: percentiles(found) for mode, found in samples.items()},
+        "saved_ms": percentiles([off - on for off, on in pairs]),
+        "samples_ms": samples,
+        "profiles": profiles,
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Return the 20th, 50th and 80th percentiles."""
+    ordered = sorted(values)
+    return {f"p{q}": ordered[round(q / 100 * (len(ordered) - 1))] for q in (20, 50, 80)}
+
+
+def profiled(options: argparse.Namespace, trained: Trained, mode: str) -> dict[str, float]:
+    """Profile one iteration on the first rank: trace, picture, times of its kernels."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if options.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    torch.distributed.barrier()
+    trained.marks_end = options.device == "cuda"
+    with torch.profiler.profile(activities=activities) as profile:
+        trained.iterate(tokens(options, 0))
+        torch.cuda.synchronize()
+    if torch.distributed.get_rank():
+        return {}
+    stem = f"dp{torch.distributed.get_world_size()}_release_{mode}"
+    trace = options.out / f"{stem}.json"
+    profile.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy")]
+    if not kernels:
+        return {}
+    draw(kernels, f"{stem}, {environment(options)['device']}", options.out / f"{stem}.png")
+    return steps_and_backward(kernels)
+
+
+def steps_and_backward(kernels: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how long the steps of an iteration took, and when, beside its backward pass."""
+    steps = [event for event in kernels if kind_of(event) == "step"]
+    (ended,) = (event["ts"] for event in kernels if kind_of(event) == "mark")
+    within = sum(event["dur"] for event in steps if event["ts"] + event["dur"] <= ended)
+    return {
+        "steps": len(steps),
+        "steps_ms": sum(event["dur"] for event in steps) / 1e3,
+        "of_these_before_the_backward_pass_ended_ms": within / 1e3,
+        "last_step_ended_after_it_ms": max(e["ts"] + e["dur"] - ended for e in steps) / 1e3,
+    }
+
+
+def kind_of(event: dict[str, Any]) -> str:
+    """Return whether a kernel is the fused step's, NCCL's, of the model or the mark."""
+    name = event["name"].lower()
+    if "nccl" in name:
+        return "communication"
+    if "spin_kernel" in name:
+        return "mark"
+    return "step" if "adamw" in name or "step_kernel" in name else "compute"
+
+
+def draw(kernels: list[dict[str, Any]], title: str, file: Path) -> None:
+    """Draw the kernels of an iteration, one row per stream."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return
+    colors = {"compute": "gray", "communication": "tab:blue", "step": "tab:red"}
+    streams = sorted({event["args"]["stream"] for event in kernels})
+    begin = min(event["ts"] for event in kernels)
+    figure = Figure(figsize=(14, 1.2 + 0.6 * len(streams)))
+    axes = figure.subplots()
+    for kind, color in colors.items():
+        for row, stream in enumerate(streams):
+            bars = [
+                ((event["ts"] - begin) / 1e3, event["dur"] / 1e3)
+                for event in kernels
+                if event["args"]["stream"] == stream and kind_of(event) == kind
+            ]
+            axes.broken_barh(bars, (row - 0.4, 0.8), color=color, label=kind if row == 0 else None)
+    axes.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams])
+    axes.set_xlabel("ms")
+    axes.set_title(title)
+    axes.legend(loc="upper left")
+    for event in kernels:
+        if kind_of(event) == "mark":
+            at = (event["ts"] - begin) / 1e3
+            axes.axvline(at, color="black", linewidth=1, label="end of the backward pass")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """Measure in a rank that torchrun has started."""
+    logging.disable(logging.WARNING)
+    if options.device == "cpu":
+        from megatron_flashoptim.megatron import cpu
+
+        cpu.enable()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel()
+    found = measure_time(options) if options.mode == "both" else measure_memory(options)
+    if torch.distributed.get_rank() == 0:
+        options.result.write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def started(options: argparse.Namespace, ranks: int, mode: str) -> dict[str, Any]:
+    """Start torchrun on this script; return what its first rank found.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    result = options.out / f"dp{ranks}_{mode}.part.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", *sys.argv, "--mode", mode, "--result", str(result)]
+    began = time.perf_counter()
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"the run of {ranks} ranks, release {mode}, failed")
+    print(f"({ranks} ranks, release {mode}: {time.perf_counter() - began:.0f} s)", flush=True)
+    found: dict[str, Any] = json.loads(result.read_text())
+    result.unlink()
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="default 1 2")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--vocab", type=int, default=50304)
+    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a rank")
+    parser.add_argument("--tied", action="store_true", help="tie input and output embeddings")
+    parser.add_argument("--recompute", action="store_true", help="recompute every layer")
+    parser.add_argument("--bucket-size", type=int, default=40_000_000, help="Megatron's default")
+    parser.add_argument("--slots", type=int, default=3, help="--flash-release-slots")
+    parser.add_argument("--fp32-gradients", action="store_true", help="gradients in fp32")
+    parser.add_argument("--repeats", type=int, default=30, help="iterations of each that count")
+    parser.add_argument("--out", type=Path, default=Path("gradient_release"), help="folder")
+    parser.add_argument("--mode", choices=(*MODES, "both"), help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.device == "cuda" and torch.cuda.device_count() < max(options.ranks):
+        parser.error(
+            f"--ranks {max(options.ranks)}: torch sees {torch.cuda.device_count()} GPUs here; "
+            "give fewer, or try the script out with --device cpu"
+        )
+    return options
+
+
+def main() -> None:
+    """Start all runs, print, write ``report.json``."""
+    options = parse()
+    if options.mode is not None:
+        run_rank(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "options": {k: v for k, v in vars(options).items() if k not in ("out", "mode", "result")},
+        "ranks": {},
+    }
+    for ranks in options.ranks:
+        memory = [started(options, ranks, mode)["memory"] for mode in MODES]
+        report["ranks"][str(ranks)] = {"memory": memory, **started(options, ranks, "both")}
+    first = report["ranks"][str(options.ranks[0])]
+    print(", ".join(f"{key} {value}" for key, value in first["environment"].items()))
+    print(f"{first['memory'][0]['parameters']:,} parameters in {first['buckets']} buckets")
+    print("ranks release  persistent: GB, B/par  peak: GB, B/par  gradients: GB, B/par "
+          "build GB device GB")  # fmt: skip
+    for found in report["ranks"].values():
+        for row in found["memory"]:
+            print(MemoryRow(**row).line())
+    for ranks, found in report["ranks"].items():
+        print(f"{ranks} ranks: {found['checked_iterations']} iterations, the same bits")
+        for mode, times in found["iteration_ms"].items():
+            spread = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+            print(f"  iteration with release {mode}: {spread} ms {found['profiles'][mode] or ''}")
+        saved = ", ".join(f"{name} {value:.2f}" for name, value in found["saved_ms"].items())
+        print(f"  release saves {saved} ms (differences of the same iteration)")
+    (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"traces, pictures and report.json in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
