@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 -m megatron_flashoptim.run \\
         pretrain_gpt.py --optimizer flash_adamw ...
 
-The script is run unmodified, as ``python SCRIPT ARGUMENTS`` would, after ``install()``.
+The script is run unmodified, as ``python SCRIPT ARGUMENTS`` would, after ``install()``. ``@FILE``
+among its arguments stands for those in a file, such as one of ``configs/``.
 ``--device cpu`` before the script runs Megatron on CPU ranks (see ``megatron.cpu``).
 ``--finished FILE`` makes FILE when the script returns. Megatron returns from a training that is
 finished and exits from one that it stops, on a signal or after ``--exit-duration-in-mins``, both
@@ -18,6 +19,8 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_flashoptim.argument_files import expand
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,13 +45,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="make this file, on each node, when SCRIPT returns rather than exits",
     )
     parser.add_argument("script", metavar="SCRIPT", help="training script, e.g. pretrain_gpt.py")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    parser.add_argument(
+        "arguments",
+        metavar="...",
+        nargs=argparse.REMAINDER,
+        help="its arguments; @FILE stands for those in a file",
+    )
     options = parser.parse_args(argv)
     script = os.path.abspath(options.script)
     if not os.path.isfile(script):
         parser.error(f"SCRIPT {options.script!r} is not a file")
     if options.finished is not None and not options.finished.absolute().parent.is_dir():
         parser.error(f"--finished {options.finished}: its folder is not there")
+    try:
+        arguments = expand(options.arguments)
+    except ValueError as problem:
+        parser.error(str(problem))
     if options.device == "cpu":
         from megatron_flashoptim.megatron import cpu
 
@@ -61,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     install()
     skip_compilation_of_built_helpers()
-    sys.argv = [script, *options.arguments]
+    sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
     # A shared disk may show a file later on other nodes than on the one where it was made.

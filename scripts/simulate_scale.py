@@ -21,7 +21,6 @@ import json
 import os
 import pickle
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +29,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from megatron_flashoptim.argument_files import read_arguments
 
 # Megatron would move the model to a GPU that it sees.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -43,13 +44,6 @@ QUANTITIES = (
 )
 
 _args: Any = None
-
-
-def read_arguments(file: Path) -> list[str]:
-    """Return the words of a file of Megatron's arguments; '#' starts a comment."""
-    return [
-        word for line in file.read_text().splitlines() for word in shlex.split(line, comments=True)
-    ]
 
 
 def start(arguments: Sequence[str], world_size: int) -> None:

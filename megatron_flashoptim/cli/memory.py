@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_flashoptim.argument_files import expand
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import MASTER_BITS
 from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
@@ -211,6 +212,10 @@ def _run(options: argparse.Namespace) -> None:
 def _planned(options: argparse.Namespace) -> RunSize:
     if options.checkpoint is None and (options.gpus is None or not options.more):
         raise UsageError("give --parameters, --checkpoint, or --gpus and Megatron's arguments")
+    try:
+        arguments = expand(options.more)
+    except ValueError as problem:
+        raise UsageError(str(problem)) from problem
     from megatron_flashoptim.megatron import planner
     from megatron_flashoptim.megatron.planned_args import ArgumentsError
 
@@ -246,6 +251,7 @@ COMMAND = Command(
         "memory --parameters 8e9 --data-parallel-size 16",
         "memory --parameters 8e9 --optimizer flash_lion",
         "memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
+        "memory --gpus 64 @configs/llama3_8b.args",
         "memory --checkpoint DIR",
         "memory --checkpoint DIR --gpus 64 --tensor-model-parallel-size 4",
     ),

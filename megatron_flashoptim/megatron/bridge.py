@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.megatron import install, support, versions
+from megatron_flashoptim.megatron import hooks, install, support, versions
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.factory import get_megatron_optimizer
 from megatron_flashoptim.optim.config import FlashOptimConfig, RoundingPolicy
@@ -139,7 +139,7 @@ class FlashOptimizerConfig(OptimizerConfig):
         # Before anything is bound, and the model is built between here and ``provide``. For good,
         # since an in-process restart builds a second model without finalizing again.
         versions.check((binding.module, binding.path) for binding in _AROUND)
-        install.select(flash)
+        hooks.select(flash)
         module, path = versions.layout_name()
         _bind(install.Binding(module, path, install.wrap_layout, static="." in path), *_AROUND)
 

@@ -40,21 +40,32 @@ def get_megatron_optimizer(
         ValueError: an option that flash optimizers do not support.
         RuntimeError: Megatron built something else than flash optimizers.
     """
-    flash = flash or FlashOptimConfig()
+    # A Megatron with one of patches/ has the configuration in its own.
+    flash = flash or getattr(config, "flash", None) or FlashOptimConfig()
     check_configs(config, model_chunks, flash)
     check_release(config, model_chunks, flash)
     with _distributed_optimizer_bound_to(flash):
         built = megatron.core.optimizer.get_megatron_optimizer(
             config, model_chunks, *args, **kwargs
         )
-    chain = FlashChainedOptimizer(getattr(built, "chained_optimizers", [built]))
-    log_single_rank(logger, logging.INFO, chain.describe())
-    return chain
+    if isinstance(built, FlashChainedOptimizer):
+        return built
+    return chain(getattr(built, "chained_optimizers", [built]))
 
 
-@contextmanager
-def _distributed_optimizer_bound_to(flash: FlashOptimConfig) -> Iterator[None]:
-    """Let Megatron's factory find our class under the name it looks up."""
+def chain(optimizers: list[Any]) -> FlashChainedOptimizer:
+    """Return the chain of flash optimizers, told of in the log.
+
+    Raises:
+        RuntimeError: a member is something else than a flash optimizer.
+    """
+    chained = FlashChainedOptimizer(optimizers)
+    log_single_rank(logger, logging.INFO, chained.describe())
+    return chained
+
+
+def bound_to(flash: FlashOptimConfig) -> type[FlashDistributedOptimizer]:
+    """Return a class that is built with the arguments of Megatron's ``DistributedOptimizer``."""
 
     class BoundFlashDistributedOptimizer(FlashDistributedOptimizer):
         """Takes Megatron's arguments only; a class, since Megatron may ask ``isinstance``."""
@@ -62,9 +73,15 @@ def _distributed_optimizer_bound_to(flash: FlashOptimConfig) -> Iterator[None]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, flash=flash, **kwargs)
 
+    return BoundFlashDistributedOptimizer
+
+
+@contextmanager
+def _distributed_optimizer_bound_to(flash: FlashOptimConfig) -> Iterator[None]:
+    """Let Megatron's factory find our class under the name it looks up."""
     module = megatron.core.optimizer
     original = module.DistributedOptimizer
-    module.DistributedOptimizer = BoundFlashDistributedOptimizer
+    module.DistributedOptimizer = bound_to(flash)
     try:
         yield
     finally:

@@ -9,6 +9,9 @@ Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 unless ``--optimizer`` names a flash optimizer; ``--report-theoretical-memory`` prints those figures
 for any optimizer. The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too,
 but only while a flash optimizer is being built (``megatron.factory``).
+
+A Megatron with one of ``patches/`` applied makes the same calls itself; there only gradient buffers
+are bound, for ``--flash-gradient-release``.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_flashoptim.megatron import versions
-from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.megatron.hooks import plain_adam, selected
 
 _MARK = "_megatron_flashoptim_binding"
 
@@ -72,28 +75,6 @@ class Binding:
             setattr(owner, self.attribute, staticmethod(original) if self.static else original)
 
 
-# The configuration of a Megatron-Bridge recipe, which has no arguments.
-_of_recipe: FlashOptimConfig | None = None
-
-
-def select(flash: FlashOptimConfig | None) -> None:
-    """Have the bindings act for a configuration that is not in Megatron's arguments."""
-    global _of_recipe
-    _of_recipe = flash
-
-
-def _selected() -> FlashOptimConfig | None:
-    """Return the flash configuration of this process's recipe or arguments, or None."""
-    if _of_recipe is not None:
-        return _of_recipe
-    from megatron.training import global_vars
-
-    from megatron_flashoptim.megatron.arguments import config_from_args
-
-    args = global_vars._GLOBAL_ARGS
-    return None if args is None else config_from_args(args)
-
-
 def _wrap_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: Any) -> Any:
         from megatron_flashoptim.megatron.arguments import add_flash_arguments
@@ -107,7 +88,7 @@ def _wrap_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import global_vars
 
-        flash = _selected()
+        flash = selected()
         if flash is None:
             built = original(*args, **kwargs)
         else:
@@ -127,13 +108,9 @@ def _wrap_init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
-        flash = None if isinstance(self, FlashDistributedOptimizer) else _selected()
+        flash = None if isinstance(self, FlashDistributedOptimizer) else selected()
         if flash is not None:
-            raise RuntimeError(
-                f"--optimizer {flash.optimizer} was given, but plain Adam in Megatron's own "
-                "DistributedOptimizer is being built. Build the optimizer with "
-                "megatron_flashoptim.get_megatron_optimizer(config, model_chunks, ...)"
-            )
+            raise RuntimeError(plain_adam(flash))
         original(self, *args, **kwargs)
 
     return __init__
@@ -143,14 +120,14 @@ def wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return what lays buffers out, for a flash optimizer in whole quantization groups."""
     from megatron_flashoptim.megatron import layout
 
-    return layout.wrap_layout(original, lambda: _selected() is not None)
+    return layout.wrap_layout(original, lambda: selected() is not None)
 
 
 def _wrap_buffer(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_flashoptim.megatron.released_buffers import wrap_buffer_init
 
     def applies() -> bool:
-        flash = _selected()
+        flash = selected()
         return flash is not None and flash.gradient_release
 
     return wrap_buffer_init(original, applies)
@@ -160,7 +137,7 @@ def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return what takes the norm of a flash optimizer's masters where they are."""
 
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if _selected() is None:
+        if selected() is None:
             return original(model, *args, **kwargs)
         from megatron_flashoptim.megatron.params_norm import norms_for_main_params
 
@@ -174,7 +151,7 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return what loads a checkpoint, and for a flash optimizer looks at its files before."""
 
     def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if _selected() is not None:
+        if selected() is not None:
             from megatron_flashoptim.checkpoint.damage import check_files_together
 
             check_files_together(checkpoint_dir)
@@ -200,6 +177,10 @@ def _wrap_theoretical_memory(original: Callable[..., Any]) -> Callable[..., Any]
     return compute_weight_and_optimizer_memory
 
 
+# Wherever gradients may be released; no part of patches/.
+_BUFFER = Binding(
+    "megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBuffer.__init__", _wrap_buffer
+)
 BINDINGS = (
     Binding("megatron.training.arguments", "add_megatron_arguments", _wrap_arguments),
     Binding("megatron.training.training", "get_megatron_optimizer", _wrap_optimizer),
@@ -208,11 +189,7 @@ BINDINGS = (
         "DistributedOptimizer.__init__",
         _wrap_init,
     ),
-    Binding(
-        "megatron.core.distributed.param_and_grad_buffer",
-        "_ParamAndGradBuffer.__init__",
-        _wrap_buffer,
-    ),
+    _BUFFER,
     Binding("megatron.core.dist_checkpointing", "load", wrap_load),
     Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),
     Binding(
@@ -226,7 +203,9 @@ LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
 
 
 def bindings() -> tuple[Binding, ...]:
-    """Return what is bound in the installed release of Megatron."""
+    """Return what is bound in the installed Megatron, little where it calls us by itself."""
+    if versions.is_patched():
+        return (_BUFFER,)
     module, path = versions.layout_name()
     return (*BINDINGS, Binding(module, path, wrap_layout, static="." in path))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,12 +43,14 @@ def compute_group_aligned_layout(
         expert_data_parallel_world_size: the same for expert parameters.
     """
     expert_size = expert_data_parallel_world_size or data_parallel_world_size
+    # A Megatron with one of patches/ may have been asked to align by itself.
+    factor = GROUP_SIZE // math.gcd(GROUP_SIZE, getattr(ddp_config, "shard_alignment", 1))
     layout = compute_layout(
         params,
         bucket_size,
-        GROUP_SIZE * data_parallel_world_size,
+        factor * data_parallel_world_size,
         ddp_config,
-        expert_data_parallel_world_size=GROUP_SIZE * expert_size,
+        expert_data_parallel_world_size=factor * expert_size,
     )
     sizes = {False: data_parallel_world_size, True: expert_size}
     return type(layout)(

@@ -82,6 +82,8 @@ def parse(arguments: Sequence[str], world_size: int, saved: SavedArgs | None = N
 
     if not torch.cuda.is_available():
         megatron_arguments.get_device_arch_version = lambda: 10
+        # Asked for --moe-grouped-gemm.
+        torch.cuda.get_device_capability = lambda *_: (10, 0)
 
     def with_saved_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if saved is not None:

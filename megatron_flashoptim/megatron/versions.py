@@ -137,6 +137,22 @@ def has(module: str, path: str) -> bool:
     return True
 
 
+# Names that are there only with one of patches/ applied, one of each file that others depend on.
+_PATCHED = (
+    ("megatron.core.optimizer.optimizer_config", "OptimizerConfig.flash"),
+    (
+        "megatron.core.distributed.distributed_data_parallel_config",
+        "DistributedDataParallelConfig.shard_alignment",
+    ),
+    ("megatron.core.optimizer", "HAVE_FLASHOPTIM"),
+)
+
+
+def is_patched() -> bool:
+    """Return whether Megatron calls this package by itself, one of ``patches/`` being applied."""
+    return all(has(module, path) for module, path in _PATCHED)
+
+
 def check(needed: Iterable[tuple[str, str]] = ()) -> None:
     """Refuse a release that lacks a name or is too old; warn, once, of one that is not tested.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 
 --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 257
 --eval-iters 1 --eval-interval 1000 --log-interval 2 --log-params-norm --log-num-zeros-in-grad
 --seed 1234""".split()
+FORMATS = {"dp_reshardable": (), "fully_reshardable": ("--dist-ckpt-optim-fully-reshardable",)}
+FLASH = ("--optimizer", "flash_adamw", "--train-iters", "8")
 LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+).*?params norm: ([\d.E+-]+)")
 
 
@@ -61,17 +63,24 @@ def losses(text: str) -> dict[int, tuple[str, str]]:
 
 
 def _pretrain(arguments: list[str]) -> str:
-    from checkpoints import fork_queue_of_results
-
     from megatron_flashoptim import run
+
+    device = [] if torch.cuda.is_available() else ["--device", "cpu"]
+    with printed_by_training() as printed:
+        run.main([*device, *arguments])
+    return printed.getvalue()
+
+
+@contextlib.contextmanager
+def printed_by_training() -> Iterator[io.StringIO]:
+    """Let Megatron's training run in a forked rank, and collect what it prints."""
+    from checkpoints import fork_queue_of_results
 
     fork_queue_of_results()
     torch.distributed.destroy_process_group = lambda *_: None  # run_ranks does
-    device = [] if torch.cuda.is_available() else ["--device", "cpu"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        run.main([*device, *arguments])
-    return printed.getvalue()
+        yield printed
 
 
 def saved_tensors(checkpoint: Path) -> dict[str, Any]:

@@ -11,25 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import pretrain, saved_tensors
+from pretraining import FLASH, FORMATS, pretrain, saved_tensors
 
 pytestmark = pytest.mark.smoke
 
 # Where the legs of scripts/test_versions.sh leave checkpoints for each other.
 EXCHANGE = os.environ.get("FLASHOPTIM_CHECKPOINTS")
-FORMATS = {"dp_reshardable": (), "fully_reshardable": ("--dist-ckpt-optim-fully-reshardable",)}
-FLASH = ("--optimizer", "flash_adamw", "--train-iters", "8")
-
-
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict]]:
-    """Return checkpoints and losses of an uninterrupted run that saved in each format."""
-    found = {}
-    for name, flags in FORMATS.items():
-        folder = tmp_path_factory.mktemp(name)
-        save = ("--save", str(folder), "--save-interval", "4")
-        found[name] = (folder, pretrain(corpus, *FLASH, *save, *flags))
-    return found
 
 
 @pytest.mark.parametrize("name", FORMATS)
