@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_flashoptim.argument_files import expand
+from megatron_flashoptim.cli.argument_files import expand
 
 
 def main(argv: Sequence[str] | None = None) -> None:

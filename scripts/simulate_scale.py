@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from megatron_flashoptim.argument_files import read_arguments
+from megatron_flashoptim.cli.argument_files import read_arguments
 
 # Megatron would move the model to a GPU that it sees.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

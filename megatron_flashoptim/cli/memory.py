@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_flashoptim.argument_files import expand
+from megatron_flashoptim.cli.argument_files import expand
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import MASTER_BITS
 from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes

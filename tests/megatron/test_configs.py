@@ -11,7 +11,7 @@ import pytest
 from console import error
 from ranks import run_ranks
 
-from megatron_flashoptim.argument_files import expand, read_arguments
+from megatron_flashoptim.cli.argument_files import expand, read_arguments
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.args"))
