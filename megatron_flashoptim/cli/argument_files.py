@@ -22,7 +22,9 @@ def read_arguments(file: str | Path) -> list[str]:
         try:
             words += shlex.split(line, comments=True)
         except ValueError as problem:
-            raise ValueError(f"{file}, line {number}: {problem}: {line}") from problem
+            raise ValueError(
+                f"cannot read the file of arguments {file}, line {number}: {problem}: {line}"
+            ) from problem
     return words
 
 

@@ -219,7 +219,6 @@ def _planned(options: argparse.Namespace) -> RunSize:
     from megatron_flashoptim.megatron import planner
     from megatron_flashoptim.megatron.planned_args import ArgumentsError
 
-    arguments = [*options.more]
     if options.optimizer is not None:  # Megatron's own flag
         arguments += ["--optimizer", options.optimizer]
     try:

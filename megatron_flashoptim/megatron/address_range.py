@@ -190,7 +190,7 @@ def _checked(call: str, *arguments: Any) -> Any:
     if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise MemoryError(f"{call}: the GPU is out of memory")
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{call} failed: {error.name}")
+        raise RuntimeError(f"the CUDA driver's {call} failed: {error.name}")
     return values[0] if values else None
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from source_messages import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *REPOSITORY.glob("docs/**/*.md")]
+PAGES = [
+    *REPOSITORY.glob("*.md"),
+    *(
+        page
+        for folder in ("docs", "configs", "patches")
+        for page in REPOSITORY.glob(f"{folder}/**/*.md")
+    ),
+]
 
 
 @cache

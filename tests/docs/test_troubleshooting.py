@@ -40,6 +40,8 @@ INTERNAL = {
     "segment row … of … rows": "built by FlashDistributedOptimizer only",
     "cannot convert a correction from … to …": "both dtypes are this package's own",
     "unrecognized arguments: …": "argparse's own message",
+    "… takes …; got …": "FlashDistributedOptimizer gives a rule its own options only",
+    "… cannot be used with …": "Megatron-Bridge's beginning of the rules' own refusals",
 }
 
 
