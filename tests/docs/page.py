@@ -56,8 +56,8 @@ def run(page: str, folder: Path) -> str:
     for name in ("request", "answer"):
         os.mkfifo(pipes / name)
     (pipes / "script").write_text(_SHELL + "\n".join(blocks(page, "bash")))
-    # Open for writing too, so that it does not end when a command has been read.
-    requests = os.open(pipes / "request", os.O_RDWR)
+    # Open in both directions, so that neither ends when one message has been read.
+    requests, answers = (os.open(pipes / name, os.O_RDWR) for name in ("request", "answer"))
     with (pipes / "output").open("w") as output:
         shell = subprocess.Popen(
             ["bash", str(pipes / "script")],
@@ -72,10 +72,11 @@ def run(page: str, folder: Path) -> str:
             assert time.monotonic() < deadline, "the page took too long"
             if select.select([requests], [], [], 0.1)[0]:
                 code = _answer(_read(requests), pipes / "printed", folder)
-                (pipes / "answer").write_text(f"{code}\n")
+                os.write(answers, f"{code}\n".encode())
     finally:
         shell.kill()
         os.close(requests)
+        os.close(answers)
     printed = (pipes / "output").read_text()
     if shell.returncode:
         logs = "".join(path.read_text()[-3000:] for path in sorted(folder.glob("*/*.log"))[-1:])
