@@ -362,14 +362,21 @@ def test_what_cannot_be_used_with_it_is_one_clear_error_at_parsing() -> None:
 
 
 def _build_refusals() -> dict[str, str]:
+    import tiny_gpt
     from megatron.core import num_microbatches_calculator, rerun_state_machine
+
+    from megatron_flashoptim.megatron import factory, hooks
+
+    def by_hooks(config: Any, chunks: list[Any], flash: Any) -> Any:
+        # Of this package a patched Megatron calls no more than the class and the chain.
+        with factory._distributed_optimizer_bound_to(flash):
+            built = tiny_gpt.get_stock_optimizer(config, chunks)
+        return hooks.chained_optimizer(getattr(built, "chained_optimizers", [built]))
 
     def build(flash: dict[str, Any] | None = None, **more: Any) -> str:
         optimizer = {"clip_grad": 0.0, **more.pop("optimizer", {})}
 
         def body() -> None:
-            import tiny_gpt
-
             from megatron_flashoptim import FlashOptimConfig
 
             config = FlashOptimConfig(**(flash or {"gradient_release": True}))
@@ -387,6 +394,11 @@ def _build_refusals() -> dict[str, str]:
         "--flash-bucket-clip-grad": build({"bucket_clip_grad": 1.0}, optimizer={"clip_grad": 1.0}),
         "averaged over tensor-parallel": build(prepare_model=averaged),
     }
+    original, tiny_gpt.get_megatron_optimizer = tiny_gpt.get_megatron_optimizer, by_hooks
+    found["--clip-grad above 0: the norm"] = build(optimizer={"clip_grad": 1.0})
+    clipped = build({"bucket_clip_grad": 1.0}, optimizer={"clip_grad": 1.0})
+    found["--flash-bucket-clip-grad cannot be used"] = clipped
+    tiny_gpt.get_megatron_optimizer = original
     num_microbatches_calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)
     found["4 micro-batches in a global batch"] = build()
     num_microbatches_calculator.unset_num_microbatches_calculator()
