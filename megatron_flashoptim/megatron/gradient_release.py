@@ -197,13 +197,7 @@ class GradientRelease:
         entry = self._group_of_param[param]
         self._check_micro_batches(entry)
         self._check_announced(param)
-        if param in entry.arrived or entry.state not in (State.IDLE, State.OPEN):
-            raise RuntimeError(
-                f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
-                "first was used. Either several micro-batches were accumulated, or "
-                "zero_grad_buffer() was not called after optimizer.step(), or the parameter is "
-                "shared by layers that are recomputed one by one; drop the flag for such a model"
-            )
+        self._check_unused(entry, param, is_first=param not in entry.arrived)
         entry.arrived.add(param)
         self._make_open(entry)
 
@@ -215,8 +209,20 @@ class GradientRelease:
             return  # frozen
         self._check_micro_batches(entry)
         self._check_announced(param)
+        # Where one that came before is unused, this may be the announcement of an outer module.
+        self._check_unused(entry, param, is_first=True)
         self._announced.add(param)
         self._make_open(entry)
+
+    @staticmethod
+    def _check_unused(entry: BucketGroup, param: torch.nn.Parameter, *, is_first: bool) -> None:
+        if not is_first or entry.state not in (State.IDLE, State.OPEN):
+            raise RuntimeError(
+                f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
+                "first was used. Either several micro-batches were accumulated, or "
+                "zero_grad_buffer() was not called after optimizer.step(), or the parameter is "
+                "shared by layers that are recomputed one by one; drop the flag for such a model"
+            )
 
     def _check_announced(self, param: torch.nn.Parameter) -> None:
         # A layer that writes main_grad itself says so to DDP, which resets it in each iteration.

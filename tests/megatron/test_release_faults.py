@@ -218,6 +218,20 @@ def _twice(trainer: Any) -> None:
     trainer.step(update=False)
 
 
+def _fused_twice(trainer: Any) -> None:
+    """Run two backward passes, the second one not to write any gradient."""
+    from megatron.core.tensor_parallel import layers
+
+    def write(*_: Any) -> None:
+        raise _Broken("a gradient is written")
+
+    trainer.step(update=False)
+    trainer.model[0].zero_grad_buffer = lambda: None
+    kernels = layers.fused_weight_gradient_mlp_cuda
+    kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = write
+    trainer.step(update=False)
+
+
 def _problems() -> dict[str, str]:
     """Return what each fault of a caller or of a model raises."""
     import tiny_gpt
@@ -264,6 +278,7 @@ def _problems() -> dict[str, str]:
     return {
         "micro-batches": train({"microbatches": 2}),
         "two passes": train({}, _twice),
+        "two fused passes": train({"prepare_model": _fuses_accumulation}, _fused_twice),
         "no pass": train({}, lambda trainer: trainer.optimizer.step()),
         "no step": train({}, lambda t: [t.step(update=False) for _ in range(2)]),
         "unused": train({"prepare_model": _unused}),
@@ -282,6 +297,7 @@ def test_faults_of_callers_and_models_are_told_in_one_sentence() -> None:
     expected = {
         "micro-batches": "RuntimeError: --flash-gradient-release cannot accumulate several micro",
         "two passes": "a second gradient after the first was used",
+        "two fused passes": "a second gradient after the first was used",
         "no pass": "came without a backward pass",
         "no step": "no optimizer.step() came after it",
         "unused": "1 parameters got no gradient in this backward pass, as --overlap-grad-reduce",
