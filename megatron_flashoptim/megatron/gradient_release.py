@@ -344,7 +344,10 @@ class GradientRelease:
             )
         if any(entry.state not in (State.REDUCED, State.STEPPED) for entry in self.groups):
             raise RuntimeError(f"{self.partial_step()} {_WHAT_TO_DO}")
-        self._step_all_reduced()  # where the caller has not finalized the gradients
+        # Where the caller has not finalized the gradients: what that does, see _finish_reduce.
+        self._step_all_reduced()
+        for entry in self.groups:
+            entry.group.param_gather_dispatched = False
         torch.cuda.current_stream().wait_stream(self._stream)
         self._stepping = False
         if not self._told:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from test_gradient_release import ONLY_REDUCE, _build, _fuses_accumulation
+from test_gradient_release import ONLY_REDUCE, OVERLAP, _build, _fuses_accumulation
 
 MODEL = {**ONLY_REDUCE, "layers": 1}
 
@@ -69,14 +69,19 @@ def _changed(before: list[list[Any]], after: list[list[Any]]) -> list[bool]:
 
 
 def _broken(folder: Path) -> dict[str, Any]:
-    """Break the second step; be refused; load the state of after the first and train on."""
+    """Break the second step; be refused; load the state of after the first and train on.
+
+    What it must come to is that of a trainer which leaves finalizing to ``optimizer.step()``.
+    """
     import checkpoints
 
-    trainer = _build(True, MODEL, {})
+    model = {**MODEL, **OVERLAP}
+    trainer = _build(True, model, {})
     trainer.step()
     checkpoints.save(trainer, folder)
-    whole = _build(True, MODEL, {})
+    whole = _build(True, model, {})
     checkpoints.load(whole, folder)
+    whole.model[0].config.finalize_model_grads_func = None
     expected = [whole.step() for _ in range(2)], checkpoints.everything(whole)
     before = _shards(trainer)
     with _breaking(trainer):
