@@ -91,6 +91,7 @@ class GradientRelease:
 
     def __init__(self, chunks: Sequence[Any], members: Sequence[FlashDistributedOptimizer]) -> None:
         flash = members[0].flash
+        self._chunks = list(chunks)
         self._members = list(members)
         self._accepts_partial_step = flash.accept_partial_step
         self._device = torch.device(torch.cuda.current_device())
@@ -170,6 +171,9 @@ class GradientRelease:
             self._step_all_reduced()
             torch.cuda.synchronize()
             self._stepping = False
+            for chunk in self._chunks:  # no optimizer.step() comes to do it
+                chunk.start_param_sync(force_sync=True)
+        self._drop_reduced()
         self.pool.close_all()  # what a backward pass that failed has left open
         for entry in self.groups:
             entry.state = State.IDLE
@@ -356,10 +360,14 @@ class GradientRelease:
 
     def forget(self) -> None:
         """Forget an update that was left in the middle: another state is loaded."""
+        self._drop_reduced()
+        self._stepping = False
+
+    def _drop_reduced(self) -> None:
+        """Drop what a backward pass that failed has reduced, and nobody has stepped."""
         for entry in self._reduced:
             entry.finish_reduce()
         self._reduced.clear()
-        self._stepping = False
 
     def describe(self) -> str:
         """Return one line: memory of gradients, and what they would take without release."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 from test_gradient_release import ONLY_REDUCE, OVERLAP, _build, _fuses_accumulation
 
@@ -29,10 +30,12 @@ def _raised(body: Callable[[], Any]) -> str:
 
 
 @contextmanager
-def _breaking(trainer: Any) -> Iterator[None]:
-    """Break backward passes at a parameter of the middle."""
+def _breaking(trainer: Any, bucket: int | None = None) -> Iterator[None]:
+    """Break backward passes in a bucket, or at a parameter of the middle."""
     (chunk,) = trainer.model
-    (param,) = (p for name, p in chunk.named_parameters() if "linear_qkv.weight" in name)
+    param = next(p for name, p in chunk.named_parameters() if "linear_qkv.weight" in name)
+    if bucket is not None:
+        param = next(iter(trainer.optimizer.release.groups[bucket].names))
 
     def fail(_: Any) -> None:
         raise _Broken("here")
@@ -96,9 +99,16 @@ def _broken(folder: Path) -> dict[str, Any]:
     }
     unchanged = not any(_changed(_shards(trainer), _shards(trainer)))
     checkpoints.load(trainer, folder)
+    early: list[Any] = []
+    if trainer.optimizer.release._puts_off:  # on CPU ranks
+        with _breaking(trainer, bucket=1):
+            early.append(_raised(trainer.step))
+        states = [entry.state.name for entry in trainer.optimizer.release.groups]
+        early += [states.count("REDUCED"), states.count("STEPPED")]
     loaded = [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
     return {
         "broken": broken,
+        "early": early,
         "stepped": stepped,
         "changed": changed,
         "refused": refused,
@@ -122,6 +132,8 @@ def test_a_half_applied_update_is_seen_refused_and_undone_by_loading(tmp_path: P
         assert "--flash-accept-partial-step" in rank["refused"]["next"]
         assert "--flash-accept-partial-step" in rank["refused"]["step"]
         assert "not saved" in rank["refused"]["save"]
+        # A bucket was reduced and none stepped, so that training goes on from before.
+        assert rank["early"] == ([] if torch.cuda.is_available() else ["_Broken: here", 1, 0])
         assert rank["loaded"][0] == rank["expected"][0]
         assert_same_state(rank["loaded"][1], rank["expected"][1])
 
@@ -144,12 +156,20 @@ def _accepted() -> dict[str, Any]:
     kept = [not c for c in _changed(_shards(trainer), _shards(whole))]
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
+    gathered = [
+        torch.equal(bucket.param_data, other.param_data)
+        for bucket, other in zip(
+            *(t.optimizer.chained_optimizers[0].shard_buckets for t in (trainer, whole)),
+            strict=True,
+        )
+    ]
     taken = [not c for c in _changed(_shards(trainer), _shards(whole))]
     losses = [trainer.step()[0] for _ in range(3)]
     (member,) = trainer.optimizer.chained_optimizers
     return {
         "dispatched": dispatched,
         "kept": kept,
+        "gathered": gathered,
         "taken": taken,
         "changed": _changed(before, _shards(trainer)),
         "losses": losses,
@@ -164,15 +184,13 @@ def test_training_goes_on_from_half_an_update_if_told_to() -> None:
         (warning,) = rank["warnings"]
         assert "half an update. Training goes on" in warning
         assert any(rank["dispatched"]) and not all(rank["dispatched"])
-        assert rank["taken"] == rank["dispatched"]
+        assert rank["taken"] == rank["gathered"] == rank["dispatched"]
         assert rank["losses"][2] < rank["losses"][0]
         assert all(rank["changed"])
         assert set(rank["step"]) == {5}
 
 
 def _unused(model: Any) -> None:
-    import torch
-
     model.unused = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
 
 
@@ -240,7 +258,6 @@ def _fused_twice(trainer: Any) -> None:
 def _problems() -> dict[str, str]:
     """Return what each fault of a caller or of a model raises."""
     import tiny_gpt
-    import torch
     from megatron.core.distributed import DistributedDataParallel
 
     from megatron_flashoptim import FlashDistributedOptimizer, FlashOptimConfig
