@@ -201,6 +201,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """
         if not is_loading:
             self._check_update_is_whole()
+        elif self.release is not None:
+            self.release.wait()  # the checkpoint is read into this very state
         content = kwargs.get("metadata")
         if is_loading and metadata.KEY not in (content or {}):
             for member in self.chained_optimizers:

@@ -362,6 +362,11 @@ class GradientRelease:
         """Forget an update that was left in the middle: another state is loaded."""
         self._drop_reduced()
         self._stepping = False
+        self.wait()
+
+    def wait(self) -> None:
+        """Have the host wait for all launches: another stream is to write what they write."""
+        torch.cuda.synchronize()
 
     def _drop_reduced(self) -> None:
         """Drop what a backward pass that failed has reduced, and nobody has stepped."""
