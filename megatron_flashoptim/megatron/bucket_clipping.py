@@ -37,7 +37,7 @@ class BucketClipping:
             for index in range(len(grads))
         ]
         self._groups = [
-            (buffer.data_parallel_group, _tensor_parallel_group(bucket))
+            (buffer.data_parallel_group, _tensor_parallel_group(member, bucket))
             for buffer in member.buffers
             for bucket in buffer.buckets
         ]
@@ -57,8 +57,13 @@ class BucketClipping:
         self._scale.copy_(coefficient.expand_as(self._scale))
 
 
-def _tensor_parallel_group(bucket: Any) -> Any:
+def _tensor_parallel_group(member: FlashDistributedOptimizer, bucket: Any) -> Any:
     """Return the ranks that hold the other parts of a bucket's parameters."""
-    if getattr(bucket.params_list[0], "allreduce", True):
+    is_dense = getattr(bucket.params_list[0], "allreduce", True)
+    # Of the process group collection given to Megatron, which may be without global groups.
+    group = getattr(member, "tp_group" if is_dense else "expert_tp_group", None)
+    if group is not None:
+        return group
+    if is_dense:
         return parallel_state.get_tensor_model_parallel_group()
     return parallel_state.get_expert_tensor_parallel_group()

@@ -21,6 +21,7 @@ from megatron_flashoptim.megatron.bucket_clipping import BucketClipping
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.early_gather import EarlyGather
 from megatron_flashoptim.megatron.gradient_release import GradientRelease
+from megatron_flashoptim.megatron.release_support import check_release
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
     Raises:
         RuntimeError: a member is another optimizer: a binding was missed, and training would
             silently use plain Adam.
+        ValueError: an option that cannot be used with gradient release or clipping by bucket.
     """
 
     def __init__(self, chained_optimizers: list[FlashDistributedOptimizer]) -> None:
@@ -50,6 +52,9 @@ class FlashChainedOptimizer(ChainedOptimizer):
         super().__init__(chained_optimizers)
         self._agreed: dict[str, Any] | None = None
         members = [member for member in chained_optimizers if not member.is_stub_optimizer]
+        # Here too, since a Megatron with one of patches/ does not call get_megatron_optimizer.
+        for member in members:
+            check_release(member.config, self.model_chunks, member.flash)
         self._early_gather: EarlyGather | None = None
         if members and members[0].flash.early_param_gather:
             self._early_gather = EarlyGather(self.model_chunks, members)
@@ -196,6 +201,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """
         if not is_loading:
             self._check_update_is_whole()
+        elif self.release is not None:
+            self.release.wait()  # the checkpoint is read into this very state
         content = kwargs.get("metadata")
         if is_loading and metadata.KEY not in (content or {}):
             for member in self.chained_optimizers:

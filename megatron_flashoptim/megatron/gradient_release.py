@@ -91,6 +91,7 @@ class GradientRelease:
 
     def __init__(self, chunks: Sequence[Any], members: Sequence[FlashDistributedOptimizer]) -> None:
         flash = members[0].flash
+        self._chunks = list(chunks)
         self._members = list(members)
         self._accepts_partial_step = flash.accept_partial_step
         self._device = torch.device(torch.cuda.current_device())
@@ -170,6 +171,9 @@ class GradientRelease:
             self._step_all_reduced()
             torch.cuda.synchronize()
             self._stepping = False
+            for chunk in self._chunks:  # no optimizer.step() comes to do it
+                chunk.start_param_sync(force_sync=True)
+        self._drop_reduced()
         self.pool.close_all()  # what a backward pass that failed has left open
         for entry in self.groups:
             entry.state = State.IDLE
@@ -197,13 +201,7 @@ class GradientRelease:
         entry = self._group_of_param[param]
         self._check_micro_batches(entry)
         self._check_announced(param)
-        if param in entry.arrived or entry.state not in (State.IDLE, State.OPEN):
-            raise RuntimeError(
-                f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
-                "first was used. Either several micro-batches were accumulated, or "
-                "zero_grad_buffer() was not called after optimizer.step(), or the parameter is "
-                "shared by layers that are recomputed one by one; drop the flag for such a model"
-            )
+        self._check_unused(entry, param, is_first=param not in entry.arrived)
         entry.arrived.add(param)
         self._make_open(entry)
 
@@ -215,8 +213,20 @@ class GradientRelease:
             return  # frozen
         self._check_micro_batches(entry)
         self._check_announced(param)
+        # Where one that came before is unused, this may be the announcement of an outer module.
+        self._check_unused(entry, param, is_first=True)
         self._announced.add(param)
         self._make_open(entry)
+
+    @staticmethod
+    def _check_unused(entry: BucketGroup, param: torch.nn.Parameter, *, is_first: bool) -> None:
+        if not is_first or entry.state not in (State.IDLE, State.OPEN):
+            raise RuntimeError(
+                f"--flash-gradient-release: {entry.names[param]} got a second gradient after the "
+                "first was used. Either several micro-batches were accumulated, or "
+                "zero_grad_buffer() was not called after optimizer.step(), or the parameter is "
+                "shared by layers that are recomputed one by one; drop the flag for such a model"
+            )
 
     def _check_announced(self, param: torch.nn.Parameter) -> None:
         # A layer that writes main_grad itself says so to DDP, which resets it in each iteration.
@@ -338,7 +348,10 @@ class GradientRelease:
             )
         if any(entry.state not in (State.REDUCED, State.STEPPED) for entry in self.groups):
             raise RuntimeError(f"{self.partial_step()} {_WHAT_TO_DO}")
-        self._step_all_reduced()  # where the caller has not finalized the gradients
+        # Where the caller has not finalized the gradients: what that does, see _finish_reduce.
+        self._step_all_reduced()
+        for entry in self.groups:
+            entry.group.param_gather_dispatched = False
         torch.cuda.current_stream().wait_stream(self._stream)
         self._stepping = False
         if not self._told:
@@ -347,10 +360,19 @@ class GradientRelease:
 
     def forget(self) -> None:
         """Forget an update that was left in the middle: another state is loaded."""
+        self._drop_reduced()
+        self._stepping = False
+        self.wait()
+
+    def wait(self) -> None:
+        """Have the host wait for all launches: another stream is to write what they write."""
+        torch.cuda.synchronize()
+
+    def _drop_reduced(self) -> None:
+        """Drop what a backward pass that failed has reduced, and nobody has stepped."""
         for entry in self._reduced:
             entry.finish_reduce()
         self._reduced.clear()
-        self._stepping = False
 
     def describe(self) -> str:
         """Return one line: memory of gradients, and what they would take without release."""

@@ -83,6 +83,25 @@ REFUSED_WITH_RELEASE = (
         "micro-batches are accumulated; drop it",
     ),
     Refused(
+        "step_batch_size_schedule",
+        _is_set,
+        "--step-batch-size-schedule",
+        "micro-batches are accumulated; drop it",
+    ),
+    Refused(
+        "mtp_detach_heads",
+        _is_set,
+        "--mtp-detach-heads",
+        "its heads read the output layer's weight apart from its gradient, maybe after its step; "
+        "drop it",
+    ),
+    Refused(
+        "use_transformer_engine_op_fuser",
+        _is_set,
+        "--use-transformer-engine-op-fuser",
+        "its fused layers write gradients before their bucket has memory; drop it",
+    ),
+    Refused(
         "calculate_per_token_loss",
         _is_set,
         "--calculate-per-token-loss",

@@ -221,6 +221,9 @@ def _first_moments() -> list[dict[str, Any]]:
 
 
 def _coefficients(model: dict[str, Any]) -> tuple[float, list[float]]:
+    from megatron_flashoptim.megatron import bucket_clipping
+
+    bucket_clipping.parallel_state = None  # groups are the optimizer's, which may have its own
     trainer = _build(False, model, CLIPPED)
     norm = trainer.step()[1]
     (member,) = trainer.optimizer.chained_optimizers

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
-from test_gradient_release import ONLY_REDUCE, _build, _fuses_accumulation
+from test_gradient_release import ONLY_REDUCE, OVERLAP, _build, _fuses_accumulation
 
 MODEL = {**ONLY_REDUCE, "layers": 1}
 
@@ -29,10 +30,12 @@ def _raised(body: Callable[[], Any]) -> str:
 
 
 @contextmanager
-def _breaking(trainer: Any) -> Iterator[None]:
-    """Break backward passes at a parameter of the middle."""
+def _breaking(trainer: Any, bucket: int | None = None) -> Iterator[None]:
+    """Break backward passes in a bucket, or at a parameter of the middle."""
     (chunk,) = trainer.model
-    (param,) = (p for name, p in chunk.named_parameters() if "linear_qkv.weight" in name)
+    param = next(p for name, p in chunk.named_parameters() if "linear_qkv.weight" in name)
+    if bucket is not None:
+        param = next(iter(trainer.optimizer.release.groups[bucket].names))
 
     def fail(_: Any) -> None:
         raise _Broken("here")
@@ -69,14 +72,19 @@ def _changed(before: list[list[Any]], after: list[list[Any]]) -> list[bool]:
 
 
 def _broken(folder: Path) -> dict[str, Any]:
-    """Break the second step; be refused; load the state of after the first and train on."""
+    """Break the second step; be refused; load the state of after the first and train on.
+
+    What it must come to is that of a trainer which leaves finalizing to ``optimizer.step()``.
+    """
     import checkpoints
 
-    trainer = _build(True, MODEL, {})
+    model = {**MODEL, **OVERLAP}
+    trainer = _build(True, model, {})
     trainer.step()
     checkpoints.save(trainer, folder)
-    whole = _build(True, MODEL, {})
+    whole = _build(True, model, {})
     checkpoints.load(whole, folder)
+    whole.model[0].config.finalize_model_grads_func = None
     expected = [whole.step() for _ in range(2)], checkpoints.everything(whole)
     before = _shards(trainer)
     with _breaking(trainer):
@@ -91,9 +99,16 @@ def _broken(folder: Path) -> dict[str, Any]:
     }
     unchanged = not any(_changed(_shards(trainer), _shards(trainer)))
     checkpoints.load(trainer, folder)
+    early: list[Any] = []
+    if trainer.optimizer.release._puts_off:  # on CPU ranks
+        with _breaking(trainer, bucket=1):
+            early.append(_raised(trainer.step))
+        states = [entry.state.name for entry in trainer.optimizer.release.groups]
+        early += [states.count("REDUCED"), states.count("STEPPED")]
     loaded = [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
     return {
         "broken": broken,
+        "early": early,
         "stepped": stepped,
         "changed": changed,
         "refused": refused,
@@ -117,6 +132,8 @@ def test_a_half_applied_update_is_seen_refused_and_undone_by_loading(tmp_path: P
         assert "--flash-accept-partial-step" in rank["refused"]["next"]
         assert "--flash-accept-partial-step" in rank["refused"]["step"]
         assert "not saved" in rank["refused"]["save"]
+        # A bucket was reduced and none stepped, so that training goes on from before.
+        assert rank["early"] == ([] if torch.cuda.is_available() else ["_Broken: here", 1, 0])
         assert rank["loaded"][0] == rank["expected"][0]
         assert_same_state(rank["loaded"][1], rank["expected"][1])
 
@@ -139,12 +156,20 @@ def _accepted() -> dict[str, Any]:
     kept = [not c for c in _changed(_shards(trainer), _shards(whole))]
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
+    gathered = [
+        torch.equal(bucket.param_data, other.param_data)
+        for bucket, other in zip(
+            *(t.optimizer.chained_optimizers[0].shard_buckets for t in (trainer, whole)),
+            strict=True,
+        )
+    ]
     taken = [not c for c in _changed(_shards(trainer), _shards(whole))]
     losses = [trainer.step()[0] for _ in range(3)]
     (member,) = trainer.optimizer.chained_optimizers
     return {
         "dispatched": dispatched,
         "kept": kept,
+        "gathered": gathered,
         "taken": taken,
         "changed": _changed(before, _shards(trainer)),
         "losses": losses,
@@ -159,15 +184,13 @@ def test_training_goes_on_from_half_an_update_if_told_to() -> None:
         (warning,) = rank["warnings"]
         assert "half an update. Training goes on" in warning
         assert any(rank["dispatched"]) and not all(rank["dispatched"])
-        assert rank["taken"] == rank["dispatched"]
+        assert rank["taken"] == rank["gathered"] == rank["dispatched"]
         assert rank["losses"][2] < rank["losses"][0]
         assert all(rank["changed"])
         assert set(rank["step"]) == {5}
 
 
 def _unused(model: Any) -> None:
-    import torch
-
     model.unused = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
 
 
@@ -218,10 +241,23 @@ def _twice(trainer: Any) -> None:
     trainer.step(update=False)
 
 
+def _fused_twice(trainer: Any) -> None:
+    """Run two backward passes, the second one not to write any gradient."""
+    from megatron.core.tensor_parallel import layers
+
+    def write(*_: Any) -> None:
+        raise _Broken("a gradient is written")
+
+    trainer.step(update=False)
+    trainer.model[0].zero_grad_buffer = lambda: None
+    kernels = layers.fused_weight_gradient_mlp_cuda
+    kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = write
+    trainer.step(update=False)
+
+
 def _problems() -> dict[str, str]:
     """Return what each fault of a caller or of a model raises."""
     import tiny_gpt
-    import torch
     from megatron.core.distributed import DistributedDataParallel
 
     from megatron_flashoptim import FlashDistributedOptimizer, FlashOptimConfig
@@ -264,6 +300,7 @@ def _problems() -> dict[str, str]:
     return {
         "micro-batches": train({"microbatches": 2}),
         "two passes": train({}, _twice),
+        "two fused passes": train({"prepare_model": _fuses_accumulation}, _fused_twice),
         "no pass": train({}, lambda trainer: trainer.optimizer.step()),
         "no step": train({}, lambda t: [t.step(update=False) for _ in range(2)]),
         "unused": train({"prepare_model": _unused}),
@@ -282,6 +319,7 @@ def test_faults_of_callers_and_models_are_told_in_one_sentence() -> None:
     expected = {
         "micro-batches": "RuntimeError: --flash-gradient-release cannot accumulate several micro",
         "two passes": "a second gradient after the first was used",
+        "two fused passes": "a second gradient after the first was used",
         "no pass": "came without a backward pass",
         "no step": "no optimizer.step() came after it",
         "unused": "1 parameters got no gradient in this backward pass, as --overlap-grad-reduce",
@@ -306,6 +344,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "--loss-scale 8": ("--loss-scale: ",),
     "--rerun-mode validate_results": ("use --rerun-mode disabled",),
     "--rampup-batch-size 1 1 10": ("--rampup-batch-size: micro-batches",),
+    "--step-batch-size-schedule 0:8": ("--step-batch-size-schedule: micro-batches",),
+    "--mtp-detach-heads": ("--mtp-detach-heads: ",),
+    "--use-transformer-engine-op-fuser": ("--use-transformer-engine-op-fuser: ",),
     "--calculate-per-token-loss": ("--calculate-per-token-loss: ",),
     "--pipeline-model-parallel-size 2": ("--pipeline-model-parallel-size above 1",),
     "--tensor-model-parallel-size 2 --sequence-parallel": ("--sequence-parallel: ",),
@@ -362,14 +403,21 @@ def test_what_cannot_be_used_with_it_is_one_clear_error_at_parsing() -> None:
 
 
 def _build_refusals() -> dict[str, str]:
+    import tiny_gpt
     from megatron.core import num_microbatches_calculator, rerun_state_machine
+
+    from megatron_flashoptim.megatron import factory, hooks
+
+    def by_hooks(config: Any, chunks: list[Any], flash: Any) -> Any:
+        # Of this package a patched Megatron calls no more than the class and the chain.
+        with factory._distributed_optimizer_bound_to(flash):
+            built = tiny_gpt.get_stock_optimizer(config, chunks)
+        return hooks.chained_optimizer(getattr(built, "chained_optimizers", [built]))
 
     def build(flash: dict[str, Any] | None = None, **more: Any) -> str:
         optimizer = {"clip_grad": 0.0, **more.pop("optimizer", {})}
 
         def body() -> None:
-            import tiny_gpt
-
             from megatron_flashoptim import FlashOptimConfig
 
             config = FlashOptimConfig(**(flash or {"gradient_release": True}))
@@ -387,6 +435,11 @@ def _build_refusals() -> dict[str, str]:
         "--flash-bucket-clip-grad": build({"bucket_clip_grad": 1.0}, optimizer={"clip_grad": 1.0}),
         "averaged over tensor-parallel": build(prepare_model=averaged),
     }
+    original, tiny_gpt.get_megatron_optimizer = tiny_gpt.get_megatron_optimizer, by_hooks
+    found["--clip-grad above 0: the norm"] = build(optimizer={"clip_grad": 1.0})
+    clipped = build({"bucket_clip_grad": 1.0}, optimizer={"clip_grad": 1.0})
+    found["--flash-bucket-clip-grad cannot be used"] = clipped
+    tiny_gpt.get_megatron_optimizer = original
     num_microbatches_calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)
     found["4 micro-batches in a global batch"] = build()
     num_microbatches_calculator.unset_num_microbatches_calculator()

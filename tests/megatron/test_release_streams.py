@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,10 +23,12 @@ class _Stream:
     """A stream: how much of each stream has run before what is put into it now."""
 
     names = 0
+    made: ClassVar[list[_Stream]] = []
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.name = f"stream {_Stream.names}"
         _Stream.names += 1
+        _Stream.made.append(self)
         self.clock: Moment = {}
 
     def put(self) -> Moment:
@@ -73,6 +75,12 @@ def _use_clocks() -> list[_Stream]:
         yield
         current.pop()
 
+    def synchronize() -> None:
+        # What the host puts into any stream from now on.
+        for other in _Stream.made:
+            current[-1].wait_stream(other)
+
+    torch.cuda.synchronize = synchronize
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
     torch.cuda.current_stream = lambda *_: current[-1]
     torch.cuda.stream = stream
@@ -81,6 +89,8 @@ def _use_clocks() -> list[_Stream]:
 
 def _ordered() -> dict[str, Any]:
     """Train with 2 slots; return which of the needed orders were seen, and how often."""
+    import checkpoints
+
     from megatron_flashoptim.megatron.gradient_release import GradientRelease
     from megatron_flashoptim.optim import FlashOptimizer
 
@@ -100,6 +110,8 @@ def _ordered() -> dict[str, Any]:
         "table filled before the step": [],
         "end behind all steps": [],
         "gather behind all steps": [],
+        "load behind a half applied update": [],
+        "reading of a checkpoint behind a half applied update": [],
     }
     last_step_on: dict[int, Moment] = {}
     zeroed: dict[int, Moment] = {}
@@ -206,6 +218,20 @@ def _ordered() -> dict[str, Any]:
         ended.append(current[-1].put())
         moment = ended[-1]
         found["end behind all steps"] += [_is_before(step, moment) for step in steps]
+    model = checkpoints.sharded_model(trainer)
+    metadata = checkpoints.metadata_of(checkpoints.DP_RESHARDABLE)
+    checkpoints.saved_state(trainer, metadata)
+    loads = {
+        "load behind a half applied update": release.forget,
+        "reading of a checkpoint behind a half applied update": lambda: (
+            trainer.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
+        ),
+    }
+    for order, load in loads.items():
+        steps.clear()
+        trainer.step(update=False)
+        load()
+        found[order] += [_is_before(step, current[-1].put()) for step in steps]
     return {
         "found": found,
         "streams of steps": [current[0].name, *sorted(streams)],
@@ -229,5 +255,7 @@ def test_what_shares_memory_is_ordered_on_the_streams_of_a_gpu() -> None:
             "table filled behind the steps of before": rank["buckets"],
             "table filled behind the end of the step before": 2,
             "gradient on another stream behind the zeroing": rank["buckets"],
+            "load behind a half applied update": rank["buckets"],
+            "reading of a checkpoint behind a half applied update": rank["buckets"],
         }
         assert len(seen) >= at_least.get(order, steps), order
