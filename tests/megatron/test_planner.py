@@ -201,6 +201,42 @@ def test_parameters_are_those_counted_by_hand(case: str) -> None:
     assert tuple(stage.parameters for stage in size.stages) == expected
 
 
+WIDE = "--hidden-size 2048 --ffn-hidden-size 8192 --vocab-size 32000"
+
+
+def _largest_buckets(arguments: list[str], ranks: int) -> tuple[int, int]:
+    """Return the largest bucket of stage 0 as planned, and as Megatron's training loop makes it."""
+    from megatron.training import global_vars, training
+
+    from megatron_flashoptim.megatron import nominal, planner
+
+    planned = planner.plan(arguments, ranks).stages[0].flash_bucket
+    args = nominal.parse(arguments, ranks)
+    global_vars._GLOBAL_ARGS = args
+    instances = args.num_distributed_optimizer_instances
+    with planner.nominal_rank(args, 0, ranks, instances=instances), planner.on_meta_device():
+        (chunk,) = training.get_model(nominal._provider(args))
+        built = [bucket.grad_data.numel() for buffer in chunk.buffers for bucket in buffer.buckets]
+    assert len(built) > 1
+    return planned, max(built)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("--ddp-num-buckets 3", 2),
+        ("--ddp-bucket-size 100000", 2),
+        # Of the ranks of both instances together: 60 million, not 40.
+        (f"{WIDE} --num-distributed-optimizer-instances 2", 60),
+    ],
+)
+def test_the_largest_bucket_is_the_one_that_megatron_makes(flags: str, ranks: int) -> None:
+    arguments = [*COMMON.split(), "--overlap-grad-reduce", *flags.split()]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        planned, built = pool.apply(_largest_buckets, (arguments, ranks))
+    assert planned == built
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
