@@ -65,7 +65,7 @@ def bucket_size(args: Any, parameters: float) -> float:
         parameters: elements of all model chunks on the rank, those without gradients too.
     """
     if args.ddp_num_buckets is not None:
-        return parameters // args.ddp_num_buckets
+        return float(parameters // args.ddp_num_buckets)
     if args.ddp_bucket_size is not None:
         return float(args.ddp_bucket_size)
     # All of them, also where several instances of the optimizer share the state among fewer.

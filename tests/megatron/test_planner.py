@@ -92,10 +92,12 @@ def test_plan_of_an_fp32_model_agrees_with_live_runs_within_1_percent() -> None:
         assert planned[name] == pytest.approx(live[0], rel=0.01)
 
 
-def _live_pool() -> int:
+def _live_pool() -> tuple[int, int]:
+    """Train a step with released gradients; return bytes of their pool and of the optimizer."""
     import tiny_gpt
 
     from megatron_flashoptim import FlashOptimConfig
+    from megatron_flashoptim.megatron.live_memory import optimizer_bytes
 
     setup = tiny_gpt.Setup(
         flash=FlashOptimConfig(gradient_release=True),
@@ -106,7 +108,8 @@ def _live_pool() -> int:
     )
     trainer = tiny_gpt.build(setup)
     trainer.train(1)
-    return int(trainer.optimizer.release.pool.memory.nbytes)
+    state, _ = optimizer_bytes(trainer.optimizer, trainer.model)
+    return int(trainer.optimizer.release.pool.memory.nbytes), state
 
 
 def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
@@ -116,7 +119,8 @@ def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
     assert planned["adam (fp32 master and moments)"][1] == pytest.approx(whole[1], rel=0.01)
     weights, gradients, state = planned["flash_adamw, 24-bit masters"]
     assert (weights, state) == (whole[0], whole[2])
-    (live,) = run_ranks(1, _live_pool)
+    ((live, live_state),) = run_ranks(1, _live_pool)
+    assert live_state == pytest.approx(state, rel=0.01)
     assert 0.7 * gradients < live <= gradients < 0.8 * whole[1]
 
 
@@ -235,6 +239,17 @@ def test_the_largest_bucket_is_the_one_that_megatron_makes(flags: str, ranks: in
     with multiprocessing.get_context("fork").Pool(1) as pool:
         planned, built = pool.apply(_largest_buckets, (arguments, ranks))
     assert planned == built
+
+
+def test_the_simulation_of_a_rank_refuses_released_gradients() -> None:
+    from megatron_flashoptim.megatron import nominal, planned_args
+
+    flags = "--flash-gradient-release --overlap-grad-reduce --clip-grad 0 --rerun-mode disabled"
+    with (
+        multiprocessing.get_context("fork").Pool(1) as pool,
+        pytest.raises(planned_args.ArgumentsError, match=r"--flash-gradient-release .* drop it"),
+    ):
+        pool.apply(nominal.parse, ([*COMMON.split(), *flags.split()], 1))
 
 
 @pytest.mark.parametrize(
