@@ -7,7 +7,7 @@ groups of their own depends on the expert parallel size, so that a group whose o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
@@ -15,6 +15,12 @@ from megatron.core.optimizer.optimizer import param_group_identifier_keys
 _EXPERTS = "is_expert_parallel"
 # What a group of the run keeps when it takes over one of a checkpoint.
 OWN = ("params", _EXPERTS)
+# Hyper-parameters that make another formula, not another number in it: the flag of each, and the
+# value that giving the flag sets.
+_SWITCHES: dict[str, tuple[str, bool]] = {
+    "nesterov": ("--flash-sgd-nesterov", True),
+    "decoupled_weight_decay": ("--no-decoupled-weight-decay", False),
+}
 
 Group = dict[str, Any]
 
@@ -56,6 +62,47 @@ def match(current: Sequence[Group], saved: Sequence[Group]) -> list[Group]:
             )
         found.append(same)
     return found
+
+
+def taken_over(
+    current: Sequence[Group], saved: Sequence[Group], options: Iterable[str]
+) -> list[str]:
+    """Return a line for each hyper-parameter whose saved value replaces that of the run.
+
+    Megatron's Adam takes betas and epsilon from the checkpoint too, without a word.
+
+    Args:
+        current: groups of the run.
+        saved: for each, the checkpoint's, as of ``match``.
+        options: names of the update rule's hyper-parameters.
+
+    Raises:
+        ValueError: a switch is on in one and off in the other; names its flag and both values.
+    """
+    lines: dict[str, None] = {}  # a set that keeps the order
+    for key in options:
+        for ours, theirs in zip(current, saved, strict=True):
+            # Without the key, the state was converted from another rule's.
+            if key not in theirs or _plain(theirs[key]) == _plain(ours[key]):
+                continue
+            if key in _SWITCHES:
+                flag, given = _SWITCHES[key]
+                todo = "give" if theirs[key] == given else "drop"
+                raise ValueError(
+                    f"the checkpoint was saved with {key}={theirs[key]}, this run has {ours[key]}: "
+                    f"{todo} {flag}, or start the optimizer anew with --no-load-optim --no-load-rng"
+                )
+            line = (
+                f"the checkpoint was saved with {key}={theirs[key]}, this run has {ours[key]}: as "
+                "with Megatron's Adam, the checkpoint's is used"
+            )
+            lines[line] = None
+    return list(lines)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with tuples for lists, which files may turn them into."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _named(group: Group, without: str | None = None) -> dict[str, Any]:

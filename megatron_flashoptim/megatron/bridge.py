@@ -232,6 +232,8 @@ def _wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate(self: ConfigContainer, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.optimizer, FlashOptimizerConfig):
             self.optimizer.refuse(self)
+        else:  # or its model would be laid out for an earlier recipe's flash optimizer
+            hooks.select(None)
         return original(self, *args, **kwargs)
 
     return validate

@@ -8,6 +8,7 @@ them is the identity on the state.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -78,20 +79,20 @@ class FlashCheckpointing(_Base):
         """Load param groups, matched by Megatron's identifier keys, and the parameter state.
 
         Raises:
-            ValueError: the checkpoint is of another optimizer or format, or has other groups.
+            ValueError: the checkpoint is of another optimizer or format, of another form of the
+                update rule, or has other groups.
         """
         if self.is_stub_optimizer:
             return
         saved_format = state_dict.get(flash_metadata.KEY)
         flash_metadata.check(saved_format, self.flash, self.weights_dtype())
+        matched = self._matching_groups(state_dict["optimizer"]["param_groups"])
         if taken_over := flash_metadata.taken_over(state_dict[flash_metadata.KEY], self.flash):
             log_single_rank(logger, logging.WARNING, taken_over)
-        current = self.optimizer.param_groups
-        saved = state_dict["optimizer"]["param_groups"]
         self.optimizer.load_param_groups(
             [
                 {key: value for key, value in group.items() if key not in param_groups.OWN}
-                for group in param_groups.match(current, saved)
+                for group in matched
             ]
         )
         self.flash = flash_metadata.with_saved_seed(self.flash, state_dict[flash_metadata.KEY])
@@ -101,15 +102,23 @@ class FlashCheckpointing(_Base):
         if "param_state" in state_dict:
             loading.finish(state_dict["param_state"])
 
+    def _matching_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the checkpoint's group for each of the run's; tells what it changes in them."""
+        current = self.optimizer.param_groups
+        matched = param_groups.match(current, saved)
+        for line in param_groups.taken_over(current, matched, self.flash.rule.defaults):
+            _warn_once(line)
+        return matched
+
     def load_stock_param_groups(self, saved: list[dict[str, Any]]) -> None:
         """Load step, learning rate and the like from param groups of Megatron's Adam.
 
         Raises:
             ValueError: the checkpoint has other groups.
         """
-        current = self.optimizer.param_groups
         found = []
-        for own, stock in zip(current, param_groups.match(current, saved), strict=True):
+        matched = self._matching_groups(saved)
+        for own, stock in zip(self.optimizer.param_groups, matched, strict=True):
             values = {key: stock[key] for key in own if key in stock and key != "params"}
             # torch's AdamW counts in floats, and Transformer Engine's keeps none before it steps.
             values["step"] = int(stock.get("step") or 0)
@@ -343,6 +352,12 @@ class FlashCheckpointing(_Base):
         return item, self.optimizer.shards[item.shard]
 
     _item_of: dict[int, ShardParam] | None = None
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Log a line that dense and expert parameters, which have an optimizer each, share."""
+    log_single_rank(logger, logging.WARNING, line)
 
 
 def _of_buffers(state: dict[Any, Any]) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ def optimizer_bytes(optimizer: Any, model_chunks: Iterable[Any]) -> tuple[int, i
             outside.update(
                 _storage(t) for t in (buffer.param_data, buffer.grad_data) if t is not None
             )
+            # Released gradients are views of addresses that the buffer itself does not have.
+            outside.update(_storage(bucket.grad_data) for bucket in buffer.buckets)
     sizes: dict[int, int] = {}
     owned = 0
     for member in optimizer.chained_optimizers:
@@ -54,17 +56,24 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    """Yield the tensors in nested containers and in objects of this package."""
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterable[torch.Tensor]:
+    """Yield the tensors in nested containers and in objects of this package.
+
+    Args:
+        value: where to look.
+        seen: ids of objects that were looked into, which may refer to each other.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(key, torch.Tensor):
                 yield key
-            yield from _tensors(item)
+            yield from _tensors(item, seen)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
-    elif type(value).__module__.startswith("megatron_flashoptim"):
-        yield from _tensors(vars(value))
+            yield from _tensors(item, seen)
+    elif type(value).__module__.startswith("megatron_flashoptim") and id(value) not in seen:
+        seen.add(id(value))
+        yield from _tensors(vars(value), seen)

@@ -70,13 +70,20 @@ def parse(arguments: Sequence[str], world_size: int) -> Any:
         world_size: number of GPUs of the run.
 
     Raises:
-        ArgumentsError: Megatron refuses the arguments, with its message, or the model is no GPT.
+        ArgumentsError: Megatron refuses the arguments, with its message, the model is no GPT, or
+            gradients are released.
         RuntimeError: a GPU is visible, to which Megatron would move the model.
     """
     if torch.cuda.is_available():
         raise RuntimeError("the simulation needs no GPU and must see none: CUDA_VISIBLE_DEVICES=")
     with planner.prepared():
-        return planned_args.parse(arguments, world_size)
+        args = planned_args.parse(arguments, world_size)
+    if args.flash_gradient_release:
+        raise planned_args.ArgumentsError(
+            "--flash-gradient-release gives the gradient buffers no memory of their own, which is "
+            "what is counted here; drop it, and see `megatron-flashoptim memory` for the slots"
+        )
+    return args
 
 
 def plan_rank(args: Any, rank: int) -> RankPlan:

@@ -40,6 +40,8 @@ _AS_TENSOR_PARALLEL = (
 # one flash optimizer would be refused beside another; the plan has a line for all master bits.
 _WITHOUT_EFFECT = ("cuda_graph", "flash_", "grpo_", "inference_", "lr_", "non_persistent_", "rl_")
 
+# Of these, what gradients take depends on.
+_OF_GRADIENTS = ("flash_gradient_release", "flash_release_slots")
 # How layers are divided over pipeline stages; void with another number of stages.
 _PIPELINE_LAYOUT = {
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
@@ -157,6 +159,9 @@ def _taken_over(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str,
         taken["vocab_size"] = args.padded_vocab_size
     if getattr(args, FIELD, None):
         taken["optimizer"] = getattr(args, FIELD)
+        # An optimizer that is given comes with its own flags; and so can be had without release.
+        if "--optimizer" not in given and getattr(args, "flash_gradient_release", None):
+            taken.update({key: getattr(args, key) for key in _OF_GRADIENTS})
     return taken
 
 

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_flashoptim.checkpoint.saved_args import read_saved_args
 from megatron_flashoptim.megatron import planned_args
 from megatron_flashoptim.megatron.arguments import FIELD
 from megatron_flashoptim.megatron.planned_args import ArgumentsError
+from megatron_flashoptim.megatron.theoretical_memory import bucket_size
 from megatron_flashoptim.optim.config import FlashOptimConfig
 
 
@@ -226,7 +227,7 @@ def model_chunks(args: Any) -> Iterator[Any]:
         yield model.to(torch.bfloat16) if args.bf16 else model
 
 
-def _stage_size(stage: int, chunks: Iterator[Any], args: Any, dense: int, expert: int) -> StageSize:
+def _stage_size(stage: int, chunks: Iterable[Any], args: Any, dense: int, expert: int) -> StageSize:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -237,18 +238,20 @@ def _stage_size(stage: int, chunks: Iterator[Any], args: Any, dense: int, expert
         grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
         pad_buckets_for_high_nccl_busbw=args.ddp_pad_buckets_for_high_nccl_busbw,
     )
-    default = max(40_000_000, 1_000_000 * dense)  # as Megatron's training loop has it
+    chunks = list(chunks)  # all are counted before the first is laid out
+    parameters = sum(param.numel() for chunk in chunks for param in chunk.parameters())
+    limit = int(bucket_size(args, parameters))
     found = dict.fromkeys(("parameters", "stock", "flash", "owned", "shard", "bucket"), 0)
     for number, chunk in enumerate(chunks):
         bucketed = args.overlap_grad_reduce and stage == 0 and number == 0
-        bucket_size = (args.ddp_bucket_size or default) if bucketed else None
+        size = limit if bucketed else None
         params = [param for param in chunk.parameters() if param.requires_grad]
         found["parameters"] += sum(param.numel() for param in params)
-        for key, layout in stock(params, bucket_size, dense, config, expert).layouts.items():
+        for key, layout in stock(params, size, dense, config, expert).layouts.items():
             ranks = expert if key.is_expert_parallel else dense
             found["stock"] += layout.bucket_indices[-1][1]
             found["owned"] += _owned(layout, ranks)
-        ours = compute_group_aligned_layout(stock, params, bucket_size, dense, config, expert)
+        ours = compute_group_aligned_layout(stock, params, size, dense, config, expert)
         for key, layout in ours.layouts.items():
             ranks = expert if key.is_expert_parallel else dense
             found["flash"] += layout.bucket_indices[-1][1]

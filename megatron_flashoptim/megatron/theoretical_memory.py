@@ -50,19 +50,27 @@ def weight_and_optimizer_bytes(
         state = flash_state_bytes(flash.rule, 16)
     gradients = parameters * grad
     if flash.gradient_release:
-        in_slots = flash.release_slots * _bucket_size(args, parameters) * grad
+        in_slots = flash.release_slots * bucket_size(args, parameters) * grad
         gradients = min(gradients, in_slots)
     return parameters * weight + gradients + owned * (state + TABLE_BYTES)
 
 
-def _bucket_size(args: Any, parameters: float) -> float:
-    """Return the elements at which Megatron ends a bucket, with the parameter that reaches them."""
+def bucket_size(args: Any, parameters: float) -> float:
+    """Return the elements at which Megatron ends a bucket, with the parameter that reaches them.
+
+    As its training loop has it, with ``--overlap-grad-reduce``: without, there is one bucket.
+
+    Args:
+        args: Megatron's arguments, validated.
+        parameters: elements of all model chunks on the rank, those without gradients too.
+    """
+    if args.ddp_num_buckets is not None:
+        return float(parameters // args.ddp_num_buckets)
     if args.ddp_bucket_size is not None:
         return float(args.ddp_bucket_size)
-    if args.ddp_num_buckets is not None:
-        return parameters / float(args.ddp_num_buckets)
-    ranks = float(args.data_parallel_size * args.context_parallel_size)
-    return max(40_000_000.0, 1_000_000.0 * ranks)
+    # All of them, also where several instances of the optimizer share the state among fewer.
+    ranks = args.data_parallel_size * args.context_parallel_size
+    return float(max(40_000_000, 1_000_000 * ranks))
 
 
 def report_before_training(args: Any) -> None:

@@ -110,6 +110,7 @@ def _in_the_configuration(corpus: Path, saved: Path) -> None:
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    from megatron_flashoptim.megatron import hooks
     from megatron_flashoptim.megatron.bridge import FlashOptimizerConfig
 
     def recipe(**optimizer: Any) -> Any:
@@ -186,6 +187,11 @@ def _in_the_configuration(corpus: Path, saved: Path) -> None:
     assert 2 + 4 + 4.125 / 8 <= theory._bytes_per_parameter(cfg, 8) < 2 + 4 + 4.2 / 8
     cfg.optimizer = stock
     assert theory._bytes_per_parameter(cfg, 8) == 18
+
+    # A later recipe of Adam in the same process is nobody's but Megatron's.
+    assert hooks.selected() is not None
+    runtime_config_update(bridge_runs.shrink(bridge_runs.stock_recipe(), corpus, saved, 4))
+    assert hooks.selected() is None
 
 
 def test_the_configuration_is_checked_overridden_and_read_back(

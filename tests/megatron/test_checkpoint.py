@@ -198,6 +198,65 @@ def test_state_of_another_rule_is_taken_over_or_refused(saved: Saved, name: str)
             assert "--no-load-optim --no-load-rng, or --finetune" in found
 
 
+# Case and format of the checkpoint, the run's options, whether it is refused, and what is said.
+OTHER_HYPER_PARAMETERS: list[tuple[str, str, dict[str, Any], bool, str]] = [
+    *(
+        (
+            "flash_sgd",
+            save_as,
+            {"flash": FlashOptimConfig("flash_sgd", sgd_nesterov=True)},
+            True,
+            "nesterov=False, this run has True: drop --flash-sgd-nesterov, or ",
+        )
+        for save_as in ("dp_reshardable", "torch")
+    ),
+    (
+        "flash_sgd",
+        "fully_reshardable",
+        {**CASES["flash_sgd"][1], "optimizer": {"decoupled_weight_decay": False}},
+        True,
+        "decoupled_weight_decay=True, this run has False: drop --no-decoupled-weight-decay, or ",
+    ),
+    (
+        "flash_sgd",
+        "torch",
+        {**CASES["flash_sgd"][1], "optimizer": {"sgd_momentum": 0.75}},
+        False,
+        "momentum=0.9, this run has 0.75: ",
+    ),
+    (
+        "experts",
+        "dp_reshardable",
+        {**CASES["experts"][1], "optimizer": {"adam_beta2": 0.875}},
+        False,
+        "betas=(0.9, 0.95), this run has (0.9, 0.875): ",
+    ),
+]
+
+
+def _load_in_runs_of_their_own(folders: list[Path]) -> list[str | dict[str, Any]]:
+    from megatron.core import parallel_state
+
+    found = []
+    for folder, (_, _, options, _, _) in zip(folders, OTHER_HYPER_PARAMETERS, strict=True):
+        found += _load_each([folder], **options)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_other_hyper_parameters_than_the_saved_ones_are_refused_or_told(saved: Saved) -> None:
+    """Another formula is refused; of numbers the checkpoint's are used, as Megatron does."""
+    folders = [saved.folder(case[0], case[1]) for case in OTHER_HYPER_PARAMETERS]
+    for rank, found in enumerate(run_ranks(2, _load_in_runs_of_their_own, folders)):
+        for (name, _, _, refused, said), loaded in zip(OTHER_HYPER_PARAMETERS, found, strict=True):
+            if refused:
+                assert said in loaded
+                continue
+            told = [line for line in loaded["logged"] if said in line]
+            assert len(told) == len(loaded["logged"]) == (rank == 0), loaded["logged"]
+            assert loaded["groups"] == saved.ranks(name)[rank]["saved"]["groups"]
+
+
 def test_rounding_seed_comes_from_the_checkpoint(tmp_path: Path) -> None:
     saved = FlashOptimConfig(rounding="stochastic", seed=1)
     whole = run_ranks(1, _train, 4, flash=saved)

@@ -82,3 +82,13 @@ def test_every_tested_release_has_both_patches() -> None:
         assert {tag.rpartition(".")[0] for tag in tags} == {
             release.rpartition(".")[0] for release in TESTED
         }
+
+
+def test_every_integration_patch_names_every_rule() -> None:
+    """Where the package is missing, its choices are refused with its name, not as unknown."""
+    from megatron_flashoptim.optim.rules import RULES
+
+    for file in PATCHES.glob(f"{INTEGRATION}-*"):
+        added = [line for line in file.read_text().splitlines() if line.startswith("+")]
+        (choices,) = [line for line in added if "'flash_adamw'" in line]
+        assert [name for name in RULES if f"'{name}'" not in choices] == [], file.name

@@ -92,10 +92,12 @@ def test_plan_of_an_fp32_model_agrees_with_live_runs_within_1_percent() -> None:
         assert planned[name] == pytest.approx(live[0], rel=0.01)
 
 
-def _live_pool() -> int:
+def _live_pool() -> tuple[int, int]:
+    """Train a step with released gradients; return bytes of their pool and of the optimizer."""
     import tiny_gpt
 
     from megatron_flashoptim import FlashOptimConfig
+    from megatron_flashoptim.megatron.live_memory import optimizer_bytes
 
     setup = tiny_gpt.Setup(
         flash=FlashOptimConfig(gradient_release=True),
@@ -106,7 +108,8 @@ def _live_pool() -> int:
     )
     trainer = tiny_gpt.build(setup)
     trainer.train(1)
-    return int(trainer.optimizer.release.pool.memory.nbytes)
+    state, _ = optimizer_bytes(trainer.optimizer, trainer.model)
+    return int(trainer.optimizer.release.pool.memory.nbytes), state
 
 
 def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
@@ -116,7 +119,8 @@ def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
     assert planned["adam (fp32 master and moments)"][1] == pytest.approx(whole[1], rel=0.01)
     weights, gradients, state = planned["flash_adamw, 24-bit masters"]
     assert (weights, state) == (whole[0], whole[2])
-    (live,) = run_ranks(1, _live_pool)
+    ((live, live_state),) = run_ranks(1, _live_pool)
+    assert live_state == pytest.approx(state, rel=0.01)
     assert 0.7 * gradients < live <= gradients < 0.8 * whole[1]
 
 
@@ -199,6 +203,53 @@ def test_parameters_are_those_counted_by_hand(case: str) -> None:
     with multiprocessing.get_context("fork").Pool(1) as pool:
         size = pool.apply(planner.plan, ([*SIZES.split(), *flags.split()], ranks))
     assert tuple(stage.parameters for stage in size.stages) == expected
+
+
+WIDE = "--hidden-size 2048 --ffn-hidden-size 8192 --vocab-size 32000"
+
+
+def _largest_buckets(arguments: list[str], ranks: int) -> tuple[int, int]:
+    """Return the largest bucket of stage 0 as planned, and as Megatron's training loop makes it."""
+    from megatron.training import global_vars, training
+
+    from megatron_flashoptim.megatron import nominal, planner
+
+    planned = planner.plan(arguments, ranks).stages[0].flash_bucket
+    args = nominal.parse(arguments, ranks)
+    global_vars._GLOBAL_ARGS = args
+    instances = args.num_distributed_optimizer_instances
+    with planner.nominal_rank(args, 0, ranks, instances=instances), planner.on_meta_device():
+        (chunk,) = training.get_model(nominal._provider(args))
+        built = [bucket.grad_data.numel() for buffer in chunk.buffers for bucket in buffer.buckets]
+    assert len(built) > 1
+    return planned, max(built)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("--ddp-num-buckets 3", 2),
+        ("--ddp-bucket-size 100000", 2),
+        # Of the ranks of both instances together: 60 million, not 40.
+        (f"{WIDE} --num-distributed-optimizer-instances 2", 60),
+    ],
+)
+def test_the_largest_bucket_is_the_one_that_megatron_makes(flags: str, ranks: int) -> None:
+    arguments = [*COMMON.split(), "--overlap-grad-reduce", *flags.split()]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        planned, built = pool.apply(_largest_buckets, (arguments, ranks))
+    assert planned == built
+
+
+def test_the_simulation_of_a_rank_refuses_released_gradients() -> None:
+    from megatron_flashoptim.megatron import nominal, planned_args
+
+    flags = "--flash-gradient-release --overlap-grad-reduce --clip-grad 0 --rerun-mode disabled"
+    with (
+        multiprocessing.get_context("fork").Pool(1) as pool,
+        pytest.raises(planned_args.ArgumentsError, match=r"--flash-gradient-release .* drop it"),
+    ):
+        pool.apply(nominal.parse, ([*COMMON.split(), *flags.split()], 1))
 
 
 @pytest.mark.parametrize(

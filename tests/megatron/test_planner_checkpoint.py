@@ -34,6 +34,17 @@ SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
         "--optimizer flash_lion --ckpt-format torch --pipeline-model-parallel-size 2",
         {"flash": FlashOptimConfig("flash_lion"), "pp": 2},
     ),
+    "gradient release": (
+        1,
+        "--optimizer flash_adamw --flash-gradient-release --flash-release-slots 2 --clip-grad 0 "
+        "--overlap-grad-reduce --ddp-bucket-size 20000 --rerun-mode disabled",
+        {
+            "flash": FlashOptimConfig(gradient_release=True, release_slots=2),
+            "ddp": {"overlap_grad_reduce": True},
+            "bucket_size": 20_000,
+            "optimizer": {"clip_grad": 0.0},
+        },
+    ),
 }
 
 
@@ -82,6 +93,15 @@ def test_a_checkpoint_is_planned_as_its_arguments_are(case: str, saved: dict[str
     # The vocabulary is known as it was padded.
     assert changed == _forked("plan", [*typed, "--vocab-size", "256", *other], 8)
     assert len(changed.stages) == 1 and changed.data_parallel_size == 2
+
+
+def test_gradient_release_is_that_of_the_checkpoint_until_an_optimizer_is_given(
+    saved: dict[str, Path],
+) -> None:
+    folder = str(saved["gradient release"])
+    assert _forked("plan_checkpoint", folder).release_slots == 2
+    for optimizer in ("flash_lion", "adam"):
+        assert _forked("plan_checkpoint", folder, ["--optimizer", optimizer]).release_slots == 0
 
 
 def test_the_command_prints_the_plan_of_a_checkpoint(saved: dict[str, Path]) -> None:
