@@ -156,10 +156,9 @@ class Trained:
             )
             loss = losses.float().mean()
         with torch.profiler.record_function("backward"):
-            # torch.Tensor.backward has no annotations.
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             if self.marks_end:
-                # A kernel that is found in the trace.
+                # A kernel that is found in the trace; torch has no types for it.
                 torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
             self.finalize([self.chunk])
         with torch.profiler.record_function("optimizer.step"):

@@ -125,8 +125,7 @@ class Trained:
 
     def backward(self) -> None:
         """Take the gradients of the last forward pass and reduce them."""
-        # torch.Tensor.backward has no annotations.
-        self.loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self.loss)
         self.finalize([self.chunk])
 
     def step_and_forward(self, batch: torch.Tensor, mark: Callable[[], None]) -> None:

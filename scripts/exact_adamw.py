@@ -28,8 +28,8 @@ class ExactAdamW(torch.optim.Optimizer):
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
-    # The base class's overloads return a closure's loss; Megatron gives no closure.
     @torch.no_grad()
+    # The base class's overloads return a closure's loss; Megatron gives no closure.
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -141,8 +141,7 @@ class WeightsExport:
             ValueError: too little disk space, or a file that reads otherwise than written.
             ImportError: the safetensors package is missing.
         """
-        # Imported for its ImportError, which should come before hours of work, not after.
-        import safetensors  # noqa: F401
+        import safetensors  # noqa: F401  (for its ImportError, before hours of work, not after)
 
         work = self.destination.with_name(f".converting-{self.destination.name}")
         if work.exists():

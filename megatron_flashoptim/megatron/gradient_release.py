@@ -95,8 +95,7 @@ class GradientRelease:
         self._members = list(members)
         self._accepts_partial_step = flash.accept_partial_step
         self._device = torch.device(torch.cuda.current_device())
-        # Streams and events of torch have no annotations.
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
         self.pool = GradPool(memory_of(self._device), flash.release_slots)
         # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
         self._puts_off = self._device.type != "cuda"
@@ -135,7 +134,7 @@ class GradientRelease:
 
     def _take_over(self, chunk: Any, group: Any, regions: dict[int, Region]) -> BucketGroup:
         opened, stepped = (
-            torch.cuda.Event()  # type: ignore[no-untyped-call]
+            torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
             for _ in range(2)
         )
         entry = BucketGroup(group, group.finish_grad_sync, opened, stepped)

@@ -183,12 +183,16 @@ def nominal_rank(args: Any, rank: int, world_size: int, *, instances: int = 1) -
         torch.distributed.destroy_process_group()
 
 
+def _meta_device() -> Any:
+    """Stand in for ``torch.cuda.current_device``, whose index Megatron passes on as a device."""
+    return torch.device("meta")
+
+
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
     """Make new tensors without storage, also where Megatron asks for the current GPU."""
     current_device = torch.cuda.current_device
-    # Megatron passes it on as a device; torch declares an index.
-    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = _meta_device
     try:
         with torch.device("meta"):
             yield

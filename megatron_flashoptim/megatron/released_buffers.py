@@ -65,8 +65,7 @@ class ReleasedBuffer:
     def hook_parameters(self) -> None:
         """Have ``on_gradient`` called; a hook of a parameter runs before DDP's."""
         for param in self.params:
-            # torch.Tensor.register_hook has no annotations.
-            param.register_hook(  # type: ignore[no-untyped-call]
+            param.register_hook(  # type: ignore[no-untyped-call]  # torch has no types
                 functools.partial(self._gradient_comes, param)
             )
 
@@ -81,7 +80,7 @@ class ReleasedBuffer:
 
     def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> torch.Tensor:
         if buffer_type.name != "GRAD":
-            inherited: torch.Tensor = super()._get(  # type: ignore[misc]
+            inherited: torch.Tensor = super()._get(  # type: ignore[misc]  # of Megatron's class
                 shape, start_index, buffer_type=buffer_type
             )
             return inherited
@@ -110,11 +109,11 @@ class ReleasedBuffer:
 
     def offload_to_cpu(self, move_params: bool = True, move_grads: bool = True) -> None:
         """Offload the weights, as Megatron does; gradients have no memory between iterations."""
-        super().offload_to_cpu(move_params, False)  # type: ignore[misc]
+        super().offload_to_cpu(move_params, False)  # type: ignore[misc]  # of Megatron's class
 
     def reload_from_cpu(self, move_params: bool = True, move_grads: bool = True) -> None:
         """Reload the weights, as Megatron does."""
-        super().reload_from_cpu(move_params, False)  # type: ignore[misc]
+        super().reload_from_cpu(move_params, False)  # type: ignore[misc]  # of Megatron's class
 
 
 class _WithoutGradients(TorchFunctionMode):

@@ -124,8 +124,8 @@ class FlashOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
 
-    # The base class's overloads return a closure's loss; there is no closure here.
     @torch.no_grad()
+    # The base class's overloads return a closure's loss; there is no closure here.
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every shard once, one launch per bucket.
 

@@ -15,7 +15,7 @@ VALUE = "…"
 # Names of variables that hold a message until it is raised or logged.
 _HELD = {"problem", "verdict", "message"}
 # Classes of refused options, whose third argument is the flag.
-_REFUSED_OPTION = {"Rule", "Refused"}
+_REFUSED_OPTION = {"Refused"}
 # Methods that show a message: of parsers and of loggers.
 _SHOWN = {"error", "warning", "warn"}
 
@@ -66,12 +66,13 @@ def messages() -> Iterator[Message]:
             shown = _shown(node)
             text = None if shown is None else template(shown)
             if text and text.strip(f" {VALUE}"):
+                # A node that is shown is a call or a statement, and has a line.
                 place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"  # type: ignore[attr-defined]
                 yield Message(place, one_line(text))
 
 
 def refused_options() -> Iterator[Message]:
-    """Yield the flag of every refused option, ``Rule(field, refused, flag, reason)``."""
+    """Yield the flag of every refused option, ``Refused(field, refused, flag, reason)``."""
     for file in sorted(PACKAGE.rglob("*.py")):
         constants = _constants(file)
         for node in ast.walk(_tree(file)):
@@ -80,7 +81,7 @@ def refused_options() -> Iterator[Message]:
             if ast.unparse(node.func) in _REFUSED_OPTION:
                 flag = template(node.args[2]) or constants.get(ast.unparse(node.args[2]))
                 place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
-                assert flag, f"{place}: the flag of a rule is not a text"
+                assert flag, f"{place}: the flag of a refused option is not a text"
                 yield Message(place, flag)
 
 

@@ -63,6 +63,6 @@ def check_that_tensorboard_has_the_scalars_of_the_page(road: Path) -> None:
 
 def check_that_the_export_holds_every_weight(road: Path) -> None:
     (file,) = (road / "weights").glob("*.safetensors")
-    with safe_open(file, "pt") as weights:
+    with safe_open(file, "pt") as weights:  # no mapping: it has keys and cannot be iterated
         shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
     assert len(shapes) == 15 and shapes["embedding.word_embeddings.weight"][1] == 128

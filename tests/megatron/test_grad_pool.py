@@ -168,6 +168,6 @@ def _raise_out_of_memory(*_: Any) -> Any:
 
 def test_a_pool_that_gets_no_memory_says_it() -> None:
     tested = _Pool([1], slots=2)
-    tested.pool.memory.allocate = _raise_out_of_memory  # type: ignore[method-assign]
+    tested.pool.memory.allocate = _raise_out_of_memory  # type: ignore[method-assign]  # the fault
     with pytest.raises(MemoryError, match="none left"):
         tested.open(0)
