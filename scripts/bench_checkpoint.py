@@ -23,10 +23,8 @@ import importlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -290,16 +288,6 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _environment() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    packages = ("torch", "megatron-core")
-    device = torch.cuda.get_device_name() if _on_gpu() else "cpu"
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"device": device, "commit": commit or "unknown", **versions}
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -345,39 +333,34 @@ def main() -> None:
     """Run every combination and print the table on rank 0."""
     options = parse()
     logging.disable(logging.WARNING)
-    if options.device == "cpu":
-        from megatron_flashoptim.megatron import cpu
+    with bench_gpt.started_rank(options):
+        measure_all(options)
 
-        cpu.enable()
-    else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    from megatron.core import parallel_state
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Run every combination in a rank."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     _use_plain_adam_without_transformer_engine()
-    parallel_state.initialize_model_parallel()
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
     folder, temporary = _shared_folder(options)
+    environment = bench_gpt.environment(options)
     rows = []
     for optimizer in options.optimizers:
         for sharding_type in options.formats:
             rows.append(run(options, optimizer, sharding_type, folder / "checkpoint"))
             gc.collect()
             if options.json and torch.distributed.get_rank() == 0:
-                stored = {"environment": _environment(), "rows": [asdict(row) for row in rows]}
+                stored = {"environment": environment, "rows": [asdict(row) for row in rows]}
                 options.json.write_text(json.dumps(stored, indent=1) + "\n")
     if torch.distributed.get_rank() == 0:
-        environment = _environment()
         if temporary or not options.keep:
             shutil.rmtree(folder if temporary else folder / "checkpoint")
         print(f"{rows[0].parameters:,} parameters, {rows[0].ranks} data-parallel ranks")
         print(", ".join(f"{name} {value}" for name, value in environment.items()))
         print(table(rows))
         print("host and device MB: growth of the peak during save / load, on the worst rank")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -25,18 +25,16 @@ import argparse
 import gc
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import bench_gpt
 import torch
-from bench_param_gather import Clock, bits, device_of, environment, tokens
+from bench_gpt import Clock, check_same, environment, percentiles, tokens
 
 MODES = ("off", "on")
 CHECKED = 4
@@ -65,96 +63,31 @@ class MemoryRow:
         return f"{self.ranks:5} {self.release:>7} {shown} {others}"
 
 
-class Trained:
-    """A GPT that trains on random tokens, and its optimizer."""
+class Trained(bench_gpt.TrainedGPT):
+    """A GPT with or without gradient release."""
 
     def __init__(self, options: argparse.Namespace, mode: str) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-        from megatron.core.optimizer import OptimizerConfig
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+        from megatron_flashoptim import FlashOptimConfig
 
-        from megatron_flashoptim import (
-            FlashDistributedOptimizer,
-            FlashOptimConfig,
-            get_megatron_optimizer,
+        recompute = dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
-
-        torch.manual_seed(1)
-        model_parallel_cuda_manual_seed(1)
-        config, model = bench_gpt.build(
+        super().__init__(
             options,
-            device_of(options),
-            tied=options.tied,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            masked_softmax_fusion=False,
-            **(
-                dict(
-                    recompute_granularity="full",
-                    recompute_method="uniform",
-                    recompute_num_layers=1,
-                )
-                if options.recompute
-                else {}
-            ),
-        )
-        ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=options.fp32_gradients,
-            overlap_grad_reduce=True,
-            overlap_param_gather=True,
-            bucket_size=options.bucket_size,
-        )
-        flash = FlashOptimConfig(gradient_release=mode == "on", release_slots=options.slots)
-        params = list(model.parameters())
-        layout = FlashDistributedOptimizer.compute_full_param_layout(
-            params, options.bucket_size, torch.distributed.get_world_size(), ddp_config
-        )
-
-        def wrapped() -> Any:
-            return DistributedDataParallel(config, ddp_config, model, full_param_layout=layout)
-
-        if mode == "on":
-            with FlashDistributedOptimizer.released_buffers():
-                self.chunk = wrapped()
-        else:
-            self.chunk = wrapped()
-        self.parameters = sum(param.numel() for param in params)
-        optimizer_config = OptimizerConfig(
-            optimizer="adam",
-            lr=1e-4,
-            weight_decay=0.1,
-            adam_beta2=0.95,
+            FlashOptimConfig(gradient_release=mode == "on", release_slots=options.slots),
+            fp32_gradients=options.fp32_gradients,
             clip_grad=0.0,
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            use_distributed_optimizer=True,
-            overlap_param_gather=True,
+            tied=options.tied,
+            **(recompute if options.recompute else {}),
         )
-        self.optimizer = get_megatron_optimizer(optimizer_config, [self.chunk], flash=flash)
-        for group in self.optimizer.param_groups:
-            group["lr"] = optimizer_config.lr
-        self.finalize = finalize_model_grads
-        positions = torch.arange(options.sequence, device=device_of(options))
-        self.positions = positions.expand(options.micro_batch, -1)
-        self.mask = (positions[None, :] > positions[:, None])[None, None]
-        self.log: list[torch.Tensor] = []
         self.marks_end = False
         self.build_peak_bytes = torch.cuda.max_memory_allocated()
 
     def iterate(self, batch: torch.Tensor) -> None:
         """Train on tokens (batch, sequence + 1), as Megatron's loop does."""
-        self.chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.zero_gradients()
         with torch.profiler.record_function("forward"):
-            losses: torch.Tensor = self.chunk(
-                batch[:, :-1], self.positions, self.mask, labels=batch[:, 1:]
-            )
-            loss = losses.float().mean()
+            loss = self.forward(batch)
         with torch.profiler.record_function("backward"):
             torch.autograd.backward(loss)
             if self.marks_end:
@@ -165,15 +98,6 @@ class Trained:
             success, norm, _ = self.optimizer.step()
         assert success and norm is not None
         self.log += [loss.detach(), norm]
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield losses and norms, gathered weights and this rank's state."""
-        self.chunk.disable_forward_pre_hook(param_sync=True)
-        self.chunk.enable_forward_pre_hook()
-        yield torch.stack(self.log)
-        yield from (param.data for param in self.chunk.parameters())
-        for member in self.optimizer.chained_optimizers:
-            yield from (tensor for shard in member.optimizer.shards for _, tensor in shard.state())
 
     def memory(self, ranks: int, mode: str) -> MemoryRow:
         """Return the bytes of this rank, between two iterations."""
@@ -200,33 +124,14 @@ class Trained:
         )
 
 
-def check_same(both: dict[str, Trained]) -> None:
-    """Compare losses, norms, weights and state of both ways, a collective.
-
-    Raises:
-        SystemExit: a bit differs on some rank.
-    """
-    pairs = zip(both["off"].tensors(), both["on"].tensors(), strict=True)
-    differ = sum(not torch.equal(bits(one), bits(other)) for one, other in pairs)
-    counts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, differ)
-    if any(counts):
-        raise SystemExit(f"release trains other bits: tensors that differ by rank: {counts}")
-
-
 def timed(options: argparse.Namespace, trained: Trained, iteration: int) -> float:
     """Run one iteration; return its ms on the slowest rank."""
     batch = tokens(options, iteration)
-    torch.cuda.synchronize()
-    torch.distributed.barrier()
-    torch.cuda.synchronize()
-    clock = Clock(options.device == "cuda")
-    clock.mark()
+    clock = Clock(options)
     trained.iterate(batch)
     clock.mark()
-    times = torch.tensor(clock.milliseconds(), device=device_of(options))
-    torch.distributed.all_reduce(times, op=torch.distributed.ReduceOp.MAX)
-    return float(times.item())
+    (milliseconds,) = clock.milliseconds()
+    return milliseconds
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +153,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     for iteration in range(CHECKED):
         for trained in both.values():
             trained.iterate(tokens(options, iteration))
-    check_same(both)
+    check_same(both["off"], both["on"], "release")
     samples: dict[str, list[float]] = {mode: [] for mode in MODES}
     gc.disable()
     for repeat in range(options.repeats):
@@ -256,7 +161,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         for mode in MODES if repeat % 2 else reversed(MODES):
             samples[mode].append(timed(options, both[mode], CHECKED + repeat))
     gc.enable()
-    check_same(both)
+    check_same(both["off"], both["on"], "release")
     profiles = {mode: profiled(options, both[mode], mode) for mode in MODES}
     pairs = zip(samples["off"], samples["on"], strict=True)
     return {
@@ -268,12 +173,6 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         "samples_ms": samples,
         "profiles": profiles,
     }
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    """Return the 20th, 50th and 80th percentiles."""
-    ordered = sorted(values)
-    return {f"p{q}": ordered[round(q / 100 * (len(ordered) - 1))] for q in (20, 50, 80)}
 
 
 def profiled(options: argparse.Namespace, trained: Trained, mode: str) -> dict[str, float]:
@@ -357,21 +256,10 @@ def draw(kernels: list[dict[str, Any]], title: str, file: Path) -> None:
 def run_rank(options: argparse.Namespace) -> None:
     """Measure in a rank that torchrun has started."""
     logging.disable(logging.WARNING)
-    if options.device == "cpu":
-        from megatron_flashoptim.megatron import cpu
-
-        cpu.enable()
-    else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel()
-    found = measure_time(options) if options.mode == "both" else measure_memory(options)
-    if torch.distributed.get_rank() == 0:
-        options.result.write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with bench_gpt.started_rank(options):
+        found = measure_time(options) if options.mode == "both" else measure_memory(options)
+        if torch.distributed.get_rank() == 0:
+            options.result.write_text(json.dumps(found))
 
 
 def started(options: argparse.Namespace, ranks: int, mode: str) -> dict[str, Any]:
@@ -397,17 +285,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    bench_gpt.add_model_options(parser)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="default 1 2")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a rank")
     parser.add_argument("--tied", action="store_true", help="tie input and output embeddings")
     parser.add_argument("--recompute", action="store_true", help="recompute every layer")
-    parser.add_argument("--bucket-size", type=int, default=40_000_000, help="Megatron's default")
     parser.add_argument("--slots", type=int, default=3, help="--flash-release-slots")
     parser.add_argument("--fp32-gradients", action="store_true", help="gradients in fp32")
     parser.add_argument("--repeats", type=int, default=30, help="iterations of each that count")
