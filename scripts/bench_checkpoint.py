@@ -151,7 +151,11 @@ class Trained:
         for member in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             shards = getattr(member.optimizer, "shards", None)
             if shards is not None:
-                yield from (tensor for shard in shards for _, tensor in shard.state())
+                for item in member.shard_params:  # not the padding, which no checkpoint holds
+                    shard = shards[item.shard]
+                    for _, tensor in shard.state():
+                        each = shard.param.numel() // tensor.numel()
+                        yield tensor[item.start // each : -(-item.end // each)]
                 continue
             for group in member.optimizer.param_groups:
                 for main_param in group["params"]:

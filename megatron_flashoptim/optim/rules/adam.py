@@ -19,21 +19,23 @@ from megatron_flashoptim.codec.rounding import fma_fp32
 from megatron_flashoptim.kernels import codec
 from megatron_flashoptim.kernels.arithmetic import fma, reciprocal, square_root
 from megatron_flashoptim.optim.rules import adamw
+from megatron_flashoptim.optim.rules.adamw import (
+    BETA1,
+    DECAY,
+    EPS,
+    INVERSE_UNIT,
+    PER_ROOT,
+    REST1,
+    ROOT_BETA2,
+    ROOT_REST2,
+    STEP_SIZE,
+    UNIT,
+    ZERO,
+)
 from megatron_flashoptim.optim.rules.rule import EXP_AVG, EXP_AVG_SQ, Rule, Scalar
 
-# In the order in which ``columns`` returns them.
-STEP_SIZE = tl.constexpr(0)
-WEIGHT_DECAY = tl.constexpr(1)
-BETA1 = tl.constexpr(2)
-REST1 = tl.constexpr(3)
-ROOT_BETA2 = tl.constexpr(4)
-ROOT_REST2 = tl.constexpr(5)
-EPS = tl.constexpr(6)
-PER_ROOT = tl.constexpr(7)
-
-UNIT = tl.constexpr(spec.STEP_UNIT)
-INVERSE_UNIT = tl.constexpr(1 / spec.STEP_UNIT)
-ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO)
+# Where AdamW's ``columns`` have the decay of the weight.
+WEIGHT_DECAY = DECAY
 
 
 def columns(group: Mapping[str, Any], step: Scalar) -> Sequence[Scalar]:
