@@ -209,7 +209,7 @@ class Launcher:
         """Run the training script under torchrun, its output going to the log."""
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += ["--nproc-per-node", str(self.ranks)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         command += ["-m", "megatron_flashoptim.run", "--device", self.device]
         command += [str(self.repository / "scripts" / "pretrain_gpt.py"), *arguments]
         environment = dict(os.environ)
@@ -289,7 +289,8 @@ def _measure(
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

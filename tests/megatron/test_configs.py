@@ -19,7 +19,13 @@ FILES = sorted(CONFIGS.glob("*.args"))
 PLANNED = [file for file in FILES if "megatron-flashoptim memory" in file.read_text()]
 # What scripts/quickstart.py and scripts/simulate_scale.py add to theirs.
 ADDED = ("--micro-batch-size", "1", "--train-iters", "1", "--optimizer", "flash_adamw")
-GPUS = {"gpt_85m_bytes": 2, "moe_1t_4096_ranks": 4096, "quickstart_gpt": 2}
+GPUS = {
+    "gpt_85m_bytes": 2,
+    "moe_1t_4096_ranks": 4096,
+    "quality_gpt": 1,
+    "quality_moe": 1,
+    "quickstart_gpt": 2,
+}
 
 COMMAND = re.compile(r"megatron-flashoptim memory --gpus (\d+) @configs/(\S+)\):")
 FIGURE = re.compile(r"^#   (\S.*?) +([\d.]+)$", re.MULTILINE)

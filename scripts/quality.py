@@ -1,0 +1,344 @@
+#!/usr/bin/env python3
+"""Compare final losses of stock and flash optimizers over seeds, with Megatron's training loop.
+
+    python scripts/quality_corpus.py quality-out/corpus
+    python scripts/quality.py --minutes 55     # as often as it takes: finished runs are kept,
+    python scripts/quality.py                  # stopped ones go on from their checkpoints
+
+Each run is a process under torchrun on one GPU; as many run side by side as there are GPUs. With
+``--minutes`` none is left running after that time: Megatron saves and exits
+(``--exit-duration-in-mins``), and the next call goes on. Losses and norms are read from the runs'
+TensorBoard events. Each validation is one pass over all that is held out.
+
+The table of experiments is EXPERIMENTS below. With Transformer Engine, layers and Adam are its own;
+without, Adam is ``--resumable-adam`` of scripts/pretrain_gpt.py. Lion is that of the package
+emerging-optimizers. What follows ``--`` is given to Megatron last, for a trial of something small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import queue
+import shlex
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import quality_report
+from quality_report import Row
+from quickstart_runs import RunFailed, free_port, run_logged, shown
+from quickstart_setup import (
+    CUDA_FLAGS,
+    REPOSITORY,
+    OneLineParser,
+    Setup,
+    choose_setup,
+    git_commit,
+    source_digest,
+)
+
+from megatron_flashoptim.cli.argument_files import expand
+
+# To start Megatron, train for the whole minutes that it counts, and save.
+LEAST_MINUTES = 3
+ADAM = ("--optimizer", "adam", "--resumable-adam")
+FLASH_ADAMW = ("--optimizer", "flash_adamw")
+GPT, MOE = "configs/quality_gpt.args", "configs/quality_moe.args"
+LONG_MEMORY = ("--adam-beta2", "0.999")
+# A tenth of AdamW's rate with ten times its decay, as Lion's authors advise (arXiv 2302.06675).
+LION = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in optimizer and seed only."""
+
+    title: str
+    model: str
+    """File of Megatron's arguments."""
+    shared: tuple[str, ...]
+    optimizers: dict[str, tuple[str, ...]]
+    """The first is what the others are compared with."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+EXPERIMENTS = {
+    "a": Experiment("GPT-2 124M, beta2 0.95", GPT, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
+    "b": Experiment(
+        "GPT-2 124M, beta2 0.999",
+        GPT,
+        LONG_MEMORY,
+        {
+            "adam": ADAM,
+            "flash_adamw, stochastic": (*FLASH_ADAMW, "--flash-rounding", "stochastic"),
+            "flash_adamw, nearest": (*FLASH_ADAMW, "--flash-rounding", "nearest"),
+        },
+    ),
+    "c": Experiment("8 experts, 169M", MOE, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
+    "d": Experiment(
+        "GPT-2 124M, Lion",
+        GPT,
+        LION,
+        {"lion": ("--optimizer", "lion"), "flash_lion": ("--optimizer", "flash_lion")},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, in a folder of its own."""
+
+    experiment: str
+    optimizer: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def finished(self) -> Path:
+        """File that the launcher makes when training returned."""
+        return self.folder / "finished"
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+        return f"{self.experiment}: {self.optimizer}, seed {self.seed}"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the options."""
+    parser = OneLineParser(
+        prog="quality", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(EXPERIMENTS),
+        default=tuple(EXPERIMENTS),
+        metavar="EXPERIMENT",
+        help=f"of {', '.join(EXPERIMENTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="(default: the experiment's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="runs side by side (default: one to a GPU)"
+    )
+    parser.add_argument(
+        "--minutes", type=int, metavar="N", help="stop, with checkpoints, after this time"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=REPOSITORY / "quality-out",
+        metavar="DIR",
+        help="folder for runs and results (default: quality-out in the repository)",
+    )
+    parser.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="(default: corpus in the output folder)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="numbers (default: in --output)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="plot (default: in --output)")
+    parser.add_argument("megatron", nargs="*", metavar="-- ARGUMENT", help="for Megatron, last")
+    options = parser.parse_args(argv)
+    options.output = options.output.absolute()
+    options.corpus = (options.corpus or options.output / "corpus").absolute()
+    if not (options.corpus / "corpus.json").is_file():
+        parser.error(
+            f"--corpus {options.corpus}: no finished corpus; "
+            f"python scripts/quality_corpus.py {options.corpus}"
+        )
+    for name, least in (("minutes", LEAST_MINUTES), ("parallel", 1)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            parser.error(f"--{name} {given}: at least {least}")
+    options.json = options.json or options.output / "quality.json"
+    options.picture = options.picture or options.output / "quality.png"
+    return options
+
+
+def all_runs(options: argparse.Namespace, device: str) -> list[Run]:
+    """Return the runs asked for, first seeds first.
+
+    Each folder is named by everything that its losses depend on, so that a change of the sources
+    begins anew.
+    """
+    corpus = json.loads((options.corpus / "corpus.json").read_text())
+    runs = []
+    for letter in options.only:
+        experiment = EXPERIMENTS[letter]
+        for seed in options.seeds or experiment.seeds:
+            for optimizer, own in experiment.optimizers.items():
+                arguments = (
+                    *expand([f"@{REPOSITORY / experiment.model}"]),
+                    *_of_device(device),
+                    *experiment.shared,
+                    *own,
+                    *("--seed", str(seed)),
+                    *options.megatron,
+                )
+                made_from = [arguments, corpus["text_sha256"], source_digest()]
+                digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+                folder = options.output / "runs" / f"{letter}-{own[1]}-{seed}-{digest[:8]}"
+                runs.append(Run(letter, optimizer, seed, folder, arguments))
+    return sorted(runs, key=lambda run: (run.seed, run.experiment))
+
+
+def _of_device(device: str) -> tuple[str, ...]:
+    if device == "cpu":
+        from megatron_flashoptim.megatron.cpu import MEGATRON_FLAGS
+
+        return MEGATRON_FLAGS
+    return () if importlib.util.find_spec("transformer_engine") else CUDA_FLAGS
+
+
+def command_of(
+    run: Run, options: argparse.Namespace, device: str, minutes: int | None
+) -> list[str]:
+    """Return the command that begins a run, or goes on with it."""
+    checkpoints = run.folder / "checkpoints"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command += ["-m", "megatron_flashoptim.run", "--device", device]
+    command += ["--finished", str(run.finished)]
+    command += [str(REPOSITORY / "scripts" / "pretrain_gpt.py"), *run.arguments]
+    for split in ("train", "valid"):
+        command += [f"--{split}-data-path", str(options.corpus / f"{split}_document")]
+    # The cache of a run is its own: two that build one at a time read it half written.
+    command += ["--data-cache-path", str(run.folder / "cache")]
+    command += ["--eval-interval", "250", "--full-validation", "--multiple-validation-sets"]
+    command += ["--save", str(checkpoints), "--save-interval", "500", "--load", str(checkpoints)]
+    command += ["--dist-ckpt-optim-fully-reshardable"]
+    command += ["--log-interval", "10", "--timing-log-level", "0"]
+    command += ["--tensorboard-dir", str(run.folder / "events")]
+    command += ["--log-timers-to-tensorboard", "--log-memory-to-tensorboard"]
+    if minutes is not None:
+        command += ["--exit-duration-in-mins", str(minutes)]
+    return command
+
+
+class Workers:
+    """Runs as many at a time as there are GPUs, until the time is over."""
+
+    def __init__(self, options: argparse.Namespace, setup: Setup, gpus: list[str]) -> None:
+        self._options, self._setup = options, setup
+        self._places: queue.Queue[str] = queue.Queue()
+        for place in gpus:
+            self._places.put(place)
+        self._count = len(gpus)
+        self._ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self._printing = threading.Lock()
+
+    def run(self, runs: list[Run]) -> None:
+        """Go on with all that are not finished.
+
+        Raises:
+            RunFailed: of the first that failed, once the others have ended.
+        """
+        with ThreadPoolExecutor(self._count) as pool:
+            futures = [pool.submit(self._run, run) for run in runs if not run.finished.exists()]
+        for future in futures:
+            future.result()
+
+    def _run(self, run: Run) -> None:
+        minutes = None
+        if self._ends is not None:
+            # Megatron counts whole minutes, and neither its start nor the save at the end.
+            minutes = int((self._ends - time.monotonic()) / 60) - 1
+            if minutes < 1:
+                return
+        place = self._places.get()
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "arguments.json").write_text(json.dumps(run.arguments, indent=2) + "\n")
+            log = run.folder / f"log-{len(list(run.folder.glob('log-*.txt'))) + 1}.txt"
+            environment = dict(os.environ)
+            environment.setdefault("OMP_NUM_THREADS", "1")
+            environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+            environment["CUDA_VISIBLE_DEVICES"] = place
+            command = command_of(run, self._options, self._setup.device, minutes)
+            self._say(f"{run.name}: starts; log in {shown(log)}")
+            run_logged(command, log, lambda _: None, cwd=REPOSITORY, environment=environment)
+            state = "finished" if run.finished.exists() else "stopped, to go on from its checkpoint"
+            self._say(f"{run.name}: {state}")
+        finally:
+            self._places.put(place)
+
+    def _say(self, text: str) -> None:
+        with self._printing:
+            print(f"  {text}", flush=True)
+
+
+def places(options: argparse.Namespace, device: str) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES shall be for each run that is made side by side."""
+    if device == "cpu":
+        return [""] * (options.parallel or 1)
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return (gpus * (options.parallel or 1))[: options.parallel or len(gpus)]
+
+
+def record_of(options: argparse.Namespace, setup: Setup, rows: list[Row]) -> dict[str, Any]:
+    """Return everything that a reader needs to judge and repeat the figures."""
+    versions = dict(setup.versions)
+    for package in ("transformer_engine", "emerging_optimizers"):
+        if importlib.util.find_spec(package):
+            versions[package.replace("_", "-")] = importlib.metadata.version(package)
+    return {
+        "device": setup.hardware,
+        "versions": versions,
+        "commit": git_commit(),
+        "command": shlex.join(["python", "scripts/quality.py", *sys.argv[1:]]),
+        "corpus": json.loads((options.corpus / "corpus.json").read_text()),
+        "experiments": {
+            letter: {
+                "title": EXPERIMENTS[letter].title,
+                "optimizers": EXPERIMENTS[letter].optimizers,
+            }
+            for letter in sorted({row.experiment for row in rows})
+        },
+        "runs": [asdict(row) for row in rows],
+    }
+
+
+def main() -> None:
+    """Make what runs are not finished; write numbers and plot of those that are."""
+    options = parse()
+    setup = choose_setup(argparse.Namespace(device=options.device, ranks=1))
+    runs = all_runs(options, setup.device)
+    Workers(options, setup, places(options, setup.device)).run(runs)
+    finished = [run for run in runs if run.finished.exists()]
+    print(f"{len(finished)} of {len(runs)} runs are finished")
+    if not finished:
+        return
+    rows = [
+        quality_report.read(run.experiment, run.optimizer, run.seed, run.folder / "events")
+        for run in finished
+    ]
+    record = record_of(options, setup, rows)
+    options.json.write_text(json.dumps(record) + "\n")
+    quality_report.draw(record, options.picture)
+    print(f"\n{quality_report.table(record)}\n")
+    print(f"picture  {shown(options.picture.absolute())}")
+    print(f"numbers  {shown(options.json.absolute())}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RunFailed as failure:
+        raise SystemExit(f"quality: error: {failure}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("quality: interrupted; finished runs are kept") from None

@@ -1,0 +1,193 @@
+"""``scripts/quality_corpus.py`` and ``scripts/quality.py``: corpus, a stopped run, the table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+import quality
+import quality_corpus
+import quality_report
+import sentencepiece
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+VOCABULARY, HELD_OUT = 512, 4 * 64 * 2 + 1
+ONCE = "# held twice\n" * 50
+TINY = f"""--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 64
+--micro-batch-size 4 --global-batch-size 4 --train-iters 30 --lr-warmup-iters 5
+--vocab-size {VOCABULARY}""".split()
+
+
+def _package(folder: Path) -> str:
+    """Write a source distribution of part of the standard library; returns its line."""
+    library = Path(sysconfig.get_path("stdlib"))
+    path = folder / "sources" / "stdlib-1.0.tar.gz"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name in ("asyncio", "email", "http", "json", "logging", "xml", "test/support"):
+            archive.add(library / name, f"stdlib-1.0/{name}", filter=_only_python)
+        for name in ("first.txt", "second.txt"):
+            (folder / name).write_text(ONCE)
+            archive.add(folder / name, f"stdlib-1.0/{name}")
+        (folder / "latin.txt").write_bytes("naïve ".encode("latin-1") * 100)
+        archive.add(folder / "latin.txt", "stdlib-1.0/latin.txt")
+    return f"stdlib 1.0 {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+def _only_python(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if "__pycache__" in member.name else member
+
+
+def _corpus(folder: Path, sources: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "quality_corpus.py"), str(folder)]
+    command += ["--sources", str(sources), "--vocabulary", str(VOCABULARY)]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quality") / "corpus"
+    sources = folder.parent / "sources.txt"
+    sources.write_text(f"# one\n\n{_package(folder)}")
+    done = _corpus(folder, sources, "--held-out-tokens", str(HELD_OUT))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_documents_are_read_back_as_they_were(text_corpus: Path, megatron: None) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    documents = list(quality_corpus.texts([text_corpus / "sources" / "stdlib-1.0.tar.gz"]))
+    assert len(documents) > 90 and documents.count(ONCE) == 1
+    assert not any("na" in text and "ve na" in text for text in documents), "not UTF-8"
+    names = ("record_original_stdout", "class JSONEncoder")
+    assert [any(name in text for text in documents) for name in names] == [False, True]
+    model = str(text_corpus / "tokenizer.model")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
+    assert tokenizer.vocab_size() == VOCABULARY
+    train = [text for text in documents if not quality_corpus.is_held_out(text)]
+    stored = IndexedDataset(str(text_corpus / "train_document"))
+    assert len(stored) == len(train)
+    for number in (0, 1, len(train) - 1):
+        *ids, end = stored[number].tolist()
+        assert end == tokenizer.eos_id() and tokenizer.decode(ids) == train[number]
+
+
+def test_what_is_held_out_fills_batches_and_is_not_trained_on(
+    text_corpus: Path, megatron: None
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    described = json.loads((text_corpus / "corpus.json").read_text())
+    held_out = IndexedDataset(str(text_corpus / "valid_document"))
+    assert sum(held_out.sequence_lengths) == described["tokens"]["valid"] == HELD_OUT
+    assert described["tokens"]["train"] > 100 * HELD_OUT
+    texts = list(quality_corpus.texts([text_corpus / "sources" / "stdlib-1.0.tar.gz"]))
+    model = str(text_corpus / "tokenizer.model")
+    first = sentencepiece.SentencePieceProcessor(model_file=model).decode(held_out[0].tolist()[:99])
+    assert [quality_corpus.is_held_out(text) for text in texts if text.startswith(first)] == [True]
+
+
+def test_a_corpus_is_reused_and_a_wrong_one_refused(text_corpus: Path, tmp_path: Path) -> None:
+    sources = text_corpus.parent / "sources.txt"
+    done = _corpus(text_corpus, sources, "--held-out-tokens", str(HELD_OUT))
+    assert done.stdout.startswith("corpus: reusing")
+    broken = tmp_path / "sources.txt"
+    broken.write_text("stdlib 1.0\n")
+    done = _corpus(tmp_path / "corpus", broken)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"error: {broken}:1: not NAME VERSION SHA256: stdlib 1.0\n")
+
+
+def test_every_source_is_pinned_once() -> None:
+    sources = quality_corpus.read_sources(quality_corpus.SOURCES)
+    assert len({source.name for source in sources}) == len(sources) > 50
+    assert all(re.fullmatch(r"[0-9a-f]{64}", source.sha256) for source in sources)
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    quality.main()
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    text_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped as by ``--minutes``, but after 20 iterations; then up to the end, and reused."""
+    arguments = ["--output", str(tmp_path), "--corpus", str(text_corpus), "--device", "cpu"]
+    arguments += ["--only", "d", "--seeds", "7", "--", *TINY]
+    experiment = quality.EXPERIMENTS["d"]
+    flash = {"flash_lion": experiment.optimizers["flash_lion"]}
+    only = quality.Experiment(experiment.title, experiment.model, experiment.shared, flash)
+    monkeypatch.setitem(quality.EXPERIMENTS, "d", only)
+    command_of = quality.command_of
+    stop = ["--exit-interval", "20"]
+    monkeypatch.setattr(quality, "command_of", lambda *args: [*command_of(*args), *stop])
+    _main(monkeypatch, *arguments)
+    assert "stopped, to go on from its checkpoint\n0 of 1 runs" in capfd.readouterr().out
+    stop.clear()
+    _main(monkeypatch, *arguments)
+    printed = capfd.readouterr().out
+    assert "1 of 1 runs are finished" in printed and "seed 7: finished" in printed
+    (folder,) = (tmp_path / "runs").iterdir()
+    first, second = ((folder / f"log-{number}.txt").read_text() for number in (1, 2))
+    assert "iteration       20/      30" in first and "iteration       21/" not in first
+    assert "iteration       20/" not in second and "iteration       30/      30" in second
+    record = json.loads((tmp_path / "quality.json").read_text())
+    (run,) = record["runs"]
+    assert run["iterations"] == 30 and len(run["losses"]) == len(run["grad_norms"]) == 3
+    assert run["losses"][0] > run["losses"][-1] > run["validation"]["30"] - 1
+    assert run["iteration_ms"] > 0 and (tmp_path / "quality.png").stat().st_size > 10_000
+    # The loss of all that is held out, once: as many tokens as Megatron counts.
+    assert f"| d | flash_lion | 7 | {run['validation']['30']:.4f} (" in printed
+    _main(monkeypatch, *arguments)
+    assert "starts" not in capfd.readouterr().out
+
+
+def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
+    row = quality_report.Row("a", optimizer, seed, 20, {20: final}, [3.0], [1.0], 5.0, 0)
+    return vars(row)
+
+
+def test_the_table_compares_the_seeds_that_both_have() -> None:
+    finals = {"adam": {1: 2.0, 2: 2.25, 3: 2.5}, "flash_adamw": {2: 2.375, 3: 2.375}}
+    runs = [_row(name, seed, loss) for name, of in finals.items() for seed, loss in of.items()]
+    described = {"title": "", "optimizers": dict.fromkeys(finals)}
+    _, _, adam, flash = quality_report.table(
+        json.loads(json.dumps({"runs": runs, "experiments": {"a": described}}))
+    ).splitlines()
+    assert adam == "| a | adam | 1, 2, 3 | 2.2500 (2.0000, 2.2500, 2.5000) | 0.5000 | - | 5 |"
+    assert flash == "| a | flash_adamw | 2, 3 | 2.3750 (2.3750, 2.3750) | 0.0000 | +0.0000 | 5 |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--minutes", "2"), "--minutes 2: at least 3"),
+        (("--corpus", "nowhere"), "nowhere: no finished corpus; python scripts/quality_corpus.py"),
+        (("--only", "z"), "invalid choice: 'z'"),
+    ],
+)
+def test_wrong_options_are_refused(
+    text_corpus: Path,
+    arguments: tuple[str, ...],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        quality.parse(["--corpus", str(text_corpus), *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
