@@ -26,7 +26,8 @@ class Footprint:
     Attributes:
         name: what it is.
         gradient: bytes of gradient per parameter, on every rank.
-        state: bytes of optimizer state per parameter, shared by the data-parallel ranks.
+        state: bytes of optimizer state per parameter, main gradient included, shared by the
+            data-parallel ranks.
         checkpoint: bytes per parameter on disk, weights included.
     """
 
@@ -52,6 +53,15 @@ def flash_optimizers(only: str | None = None) -> list[tuple[str, Rule]]:
     return [(", ".join(names), rule_of(names[0])) for names in found.values()]
 
 
+def _stock_adam_bytes(grad_bytes: int) -> float:
+    """Return bytes per owned parameter that Megatron's Adam keeps beside a bf16 weight.
+
+    fp32 master and moments, and beside a bf16 gradient a main gradient: an fp32 copy made in the
+    step and held until the next iteration begins (``_copy_model_grads_to_main_grads``).
+    """
+    return 12.0 if grad_bytes == 4 else 16.0
+
+
 def footprints(grad_bytes: int, optimizer: str | None = None) -> list[Footprint]:
     """Return the optimizers side by side.
 
@@ -59,8 +69,9 @@ def footprints(grad_bytes: int, optimizer: str | None = None) -> list[Footprint]
         grad_bytes: bytes of a gradient.
         optimizer: name of a flash optimizer, by default all of them.
     """
-    # Stock: fp32 master and moments; it saves the bf16 weight and 12 bytes of state.
-    rows = [Footprint("adam (fp32 master and moments)", grad_bytes, 12.0, 14.0)]
+    # A checkpoint of Adam holds the bf16 weight, fp32 master and moments, and no gradient.
+    adam = _stock_adam_bytes(grad_bytes)
+    rows = [Footprint("adam (fp32 master and moments)", grad_bytes, adam, 14.0)]
     for names, rule in flash_optimizers(optimizer):
         for bits in sorted(MASTER_BITS, reverse=True):
             state = flash_state_bytes(rule, bits)
@@ -111,15 +122,14 @@ class Variant:
 def variants(size: RunSize) -> list[Variant]:
     """Return the optimizers of a run side by side.
 
-    Stock keeps an fp32 main gradient beside bf16 gradients. The precision-aware optimizer of
-    Transformer Engine keeps an int16 remainder of the master, and no main gradient.
+    The precision-aware optimizer of Transformer Engine keeps an int16 remainder of the master,
+    and no main gradient.
     """
     name, rule = size.optimizer, rule_of(size.optimizer)
     if size.weight_bytes == 4:  # the weights are the masters, and have fp32 gradients
         flash = flash_state_bytes(rule, 16) + TABLE_BYTES
         return [Variant("adam (fp32 moments)", False, 8.0), Variant(name, True, flash)]
-    main_grad = 0.0 if size.grad_bytes == 4 else 4.0
-    rows = [Variant("adam (fp32 master and moments)", False, 12.0 + main_grad)]
+    rows = [Variant("adam (fp32 master and moments)", False, _stock_adam_bytes(size.grad_bytes))]
     for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
         rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for bits in sorted(MASTER_BITS, reverse=True):

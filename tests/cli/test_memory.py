@@ -10,7 +10,7 @@ def test_table_shows_the_bytes_of_the_formats() -> None:
     done = run("memory", "--parameters", "1e9", "--grad-dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert _per_parameter(done.stdout) == {
-        "adam (fp32 master and moments)": 16.0,
+        "adam (fp32 master and moments)": 20.0,  # 4 for the fp32 main gradient
         "flash_adamw, flash_adam, 32-bit masters": 8.125,
         "flash_adamw, flash_adam, 24-bit masters": 7.125,
         "flash_adamw, flash_adam, 16-bit masters": 6.125,
@@ -32,6 +32,8 @@ def test_state_is_shared_by_the_data_parallel_ranks() -> None:
     done = run("memory", "--parameters", "1e9", *chosen)
     found = _per_parameter(done.stdout)
     assert len(found) == 4, "Adam's line, and those of the chosen optimizer"
+    adam = "adam (fp32 master and moments)"
+    assert found[adam] == 6 + 12 / 16, "fp32 gradients need no main gradient"
     assert found["flash_lion, 24-bit masters"] == pytest.approx(6 + 2.0625 / 16, abs=1e-3)
     assert done.stdout.splitlines()[5].endswith(f"{4.0625e9 / 2**30:11.2f}"), "the checkpoint"
 
