@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from megatron_flashoptim.cli.argument_files import expand
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import MASTER_BITS
-from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.footprint import OPTIMIZERS, TABLE_BYTES, flash_state_bytes
 from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 
 if TYPE_CHECKING:
@@ -184,8 +185,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         metavar="NAME",
-        help=f"{', '.join(RULES)} (default: with --parameters all of them, else that of the "
-        "arguments or the checkpoint; of Adam flash_adamw)",
+        help=f"{', '.join(OPTIMIZERS)}; adam, which every table has, is shown beside flash_adamw "
+        "(default: with --parameters all of them, else that of the arguments or the checkpoint)",
     )
     parser.add_argument(
         "--gpus",
@@ -202,6 +203,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.optimizer not in (None, *OPTIMIZERS):
+        raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(OPTIMIZERS)}")
     if options.parameters is None:
         print(render_run(_planned(options)))
         return
@@ -212,11 +215,10 @@ def _run(options: argparse.Namespace) -> None:
     ):
         if is_given:
             raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
-    if options.optimizer not in (None, *RULES):
-        raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(RULES)}")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
     ranks = options.data_parallel_size
-    print(render(options.parameters, ranks, grad_bytes, options.optimizer))
+    flash = FlashOptimConfig().optimizer if options.optimizer == "adam" else options.optimizer
+    print(render(options.parameters, ranks, grad_bytes, flash))
 
 
 def _planned(options: argparse.Namespace) -> RunSize:

@@ -38,6 +38,14 @@ def test_state_is_shared_by_the_data_parallel_ranks() -> None:
     assert done.stdout.splitlines()[5].endswith(f"{4.0625e9 / 2**30:11.2f}"), "the checkpoint"
 
 
+def test_adam_is_shown_beside_flash_adamw() -> None:
+    tables = [
+        run("memory", "--parameters", "1e9", "--optimizer", name).stdout
+        for name in ("adam", "flash_adamw")
+    ]
+    assert tables[0] == tables[1] and len(_per_parameter(tables[0])) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -45,7 +53,11 @@ def test_state_is_shared_by_the_data_parallel_ranks() -> None:
         (("--parameters", "0"), "must be positive"),
         (("--parameters", "many"), "invalid number value: 'many'"),
         (("--parameters", "1e9", "--grad-dtype", "fp8"), "fp8"),
-        (("--parameters", "1e9", "--optimizer", "adam"), "adam is none of flash_adamw, "),
+        (("--parameters", "1e9", "--optimizer", "muon"), "muon is none of adam, flash_adamw, "),
+        (
+            ("--gpus", "2", "--num-layers", "2", "--optimizer", "lion"),
+            "lion is none of adam, flash_adamw, ",
+        ),
     ],
 )
 def test_wrong_command_line_exits_with_2_and_says_what(
