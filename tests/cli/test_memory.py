@@ -1,9 +1,14 @@
-"""``megatron-flashoptim memory`` without a model."""
+"""``megatron-flashoptim memory`` without a model, and once of one as it is installed."""
 
 from __future__ import annotations
 
 import pytest
-from console import error, run
+from console import error, run, run_installed
+
+GPT = """--num-layers 2 --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --bf16
+--seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --lr 1e-3 --train-iters 10
+--vocab-size 256 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
+--position-embedding-type rope --optimizer flash_adamw --use-distributed-optimizer""".split()
 
 
 def test_table_shows_the_bytes_of_the_formats() -> None:
@@ -64,3 +69,30 @@ def test_wrong_command_line_exits_with_2_and_says_what(
     arguments: tuple[str, ...], message: str
 ) -> None:
     assert message in error("memory", *arguments, code=2)
+
+
+def test_console_script_plans_a_run_and_says_nothing_of_its_imports() -> None:
+    done = run_installed("memory", "--gpus", "2", *GPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    layer = 64 * (3 * 64 + 64 + 2 * 256) + (3 * 64 + 64 + 256 + 64) + 4 * 64
+    parameters = 256 * 64 + 2 * layer + 2 * 64
+    title, _, header, *rows = done.stdout.splitlines()
+    assert title.startswith(f"{parameters} parameters on a rank") and "size 2, " in title
+    assert header.split() == "bytes on the rank weights grads state GiB in all".split()
+    table = {name: figures for name, *figures in (row.rsplit(maxsplit=4) for row in rows)}
+    for name, state in (
+        ("adam (fp32 master and moments)", 12),
+        ("flash_adamw, 32-bit masters", 4.125),
+        ("flash_adamw, 24-bit masters", 3.125),
+        ("flash_adamw, 16-bit masters", 2.125),
+    ):
+        weights, grads, found, _ = table[name]
+        assert (int(weights), int(grads)) == (2 * parameters, 4 * parameters)
+        # Beside it flash keeps a table of a fraction of a byte per group.
+        assert 0 <= int(found) - state * parameters / 2 < 0.002 * parameters, name
+
+
+def test_console_script_says_an_error_of_megatron_in_one_line() -> None:
+    arguments = ("memory", "--gpus", "3", "--tensor-model-parallel-size", "2", *GPT)
+    said = error(*arguments, code=2, run=run_installed)
+    assert "Megatron refuses the arguments: world size (3) is not divisible" in said
