@@ -69,7 +69,7 @@ def of_flash(
         **_beside_groups(folder),
     }
     args = arguments(flash)
-    if folder.optimizer != FLASH and not flash.rule.takes_l2:
+    if not flash.rule.takes_l2:  # or a run with these arguments would be refused
         args[param_groups.DECOUPLED] = True
     return _common(folder, args, optimizer, {metadata.KEY: described})
 

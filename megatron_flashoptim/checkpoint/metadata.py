@@ -188,8 +188,9 @@ def taken_over_from_adam(decoupled: bool | None, flash: FlashOptimConfig) -> str
     if decoupled is None or decoupled == flash.rule.decoupled_adam:
         return None
     return (
-        f"took over the state of Megatron's Adam with decoupled_weight_decay={decoupled}, which is "
-        f"that of {flash.optimizer}; {rule_of_adam(decoupled=decoupled)} decays weights as it did"
+        f"took over the state of Megatron's Adam, which is that of {flash.optimizer}; it was saved "
+        f"with decoupled_weight_decay={decoupled}, and {rule_of_adam(decoupled=decoupled)} is what "
+        "goes on by the same formula"
     )
 
 

@@ -354,7 +354,7 @@ def _flash_of(request: Request, folder: CheckpointFolder) -> FlashOptimConfig:
         if code is not None:
             raise RequestError(
                 f"--exp-avg-sq-code {code} is of the second moment, and {optimizer} keeps none; "
-                "drop it"
+                "drop the flag"
             )
         saved["exp_avg_sq_code"] = "sqrt"
     bits = request.master_bits or saved["master_bits"]

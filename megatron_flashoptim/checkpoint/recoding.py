@@ -144,8 +144,8 @@ class Recoding:
             code = f" and the code {new['exp_avg_sq_code']}" if "exp_avg_sq_code" in new else ""
             raise ValueError(
                 f"{self._folder.path} is a checkpoint of {new['optimizer']} with "
-                f"{new['master_bits']}-bit masters{code} already; --optimizer, --master-bits or "
-                "--exp-avg-sq-code says what shall be another"
+                f"{new['master_bits']}-bit masters{code} already; give another --optimizer, "
+                "--master-bits or --exp-avg-sq-code"
             )
 
     @cached_property

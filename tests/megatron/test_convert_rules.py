@@ -20,6 +20,8 @@ def _load_flash(folder: Path, **options: Any) -> Any:
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.5  # must come from the checkpoint
     fresh = checkpoints.plain_groups(trainer)
     checkpoints.load(trainer, folder)
     loaded = checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
@@ -54,7 +56,11 @@ def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(tmp_path:
     }
     for source, name in ((lion, "flash_adamw"), (adam, "flash_sgd")):
         flash = FlashOptimConfig(optimizer=name, master_bits=32)
-        _, folder = _convert(source, tmp_path / name, "flash", flash=flash, optimizer=name)
+        result, folder = _convert(
+            source, tmp_path / name, "flash", master_bits=32, optimizer=name
+        )
+        said = result.report.text()
+        assert "masters largest" in said and "moments" not in said and "exp_avg" not in said
         assert _described(folder)["optimizer"] == name
         ((fresh, state, groups, losses),) = run_ranks(1, _load_flash, folder, layers=1, flash=flash)
         found = joined([state])
@@ -65,10 +71,10 @@ def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(tmp_path:
             else:
                 assert not tensor.any(), key
         # Hyper-parameters are the run's, the learning rate is the checkpoint's.
-        assert [{**group, "step": 0} for group in groups] == fresh == groups
+        assert groups == [{**group, "lr": 1e-3, "step": 0} for group in fresh]
         assert all(0 < loss < 7 for loss in losses)
     # Of the same rule everything is kept.
-    _, wide = _convert(lion, tmp_path / "wide", "flash", flash=FlashOptimConfig(master_bits=32))
+    _, wide = _convert(lion, tmp_path / "wide", "flash", master_bits=32)
     (before, groups), (after, same) = _contents(lion), _contents(wide)
     assert _described(wide)["optimizer"] == "flash_lion" and "exp_avg_sq_code" not in _described(
         wide
