@@ -96,7 +96,11 @@ def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
                 assert torch.equal(weight, by_model_rank[0]["weights"][name]), name
     assert not any(rank["told"] for rank in flash), "this Adam says nowhere how it decayed"
     (message,) = flash[0]["logged"]
-    assert "parameter ranges" in message and "(moments: largest is relative" in message and not any(rank["logged"] for rank in flash[1:])
+    assert (
+        "parameter ranges" in message
+        and "(moments: largest is relative" in message
+        and not any(rank["logged"] for rank in flash[1:])
+    )
     pairs = [(wanted[key], exact) for key, exact in exact_state.items() if "master." in key]
     kept, exact = (torch.cat([t.flatten() for t in side]) for side in zip(*pairs, strict=True))
     relative = ((kept - exact) / exact)[exact != 0].abs()
