@@ -15,7 +15,6 @@ import os
 import pkgutil
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -99,14 +98,15 @@ def check_codec() -> None:
 
 def train_and_convert(source: Path) -> None:
     """Train on two ranks with the launcher, save, and convert the checkpoint to Adam's."""
+    from megatron_flashoptim.cli.argument_files import read_arguments
     from megatron_flashoptim.megatron import cpu
 
     scripts = source / "scripts"
     runpy.run_path(str(scripts / "prepare_corpus.py"))["build"](Path("corpus"))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = ["-m", "megatron_flashoptim.run", "--device", "cpu"]
-    model = (source / "configs" / "quickstart_gpt.args").read_text()
-    arguments = [*shlex.split(model, comments=True), *cpu.MEGATRON_FLAGS, *RUN]
+    model = read_arguments(source / "configs" / "quickstart_gpt.args")
+    arguments = [*model, *cpu.MEGATRON_FLAGS, *RUN]
     script = scripts / "pretrain_gpt.py"
     printed = run(sys.executable, *torchrun, *launcher, script, *arguments)
     losses = [float(loss) for loss in LOSS.findall(printed)]

@@ -62,14 +62,6 @@ class Run:
     """Megatron found neither Transformer Engine nor Apex and took torch's optimizer."""
 
 
-def read_arguments(path: Path) -> list[str]:
-    """Return the arguments in a file with one flag a line and # for comments."""
-    words = []
-    for line in path.read_text().splitlines():
-        words += shlex.split(line, comments=True)
-    return words
-
-
 def value_of(arguments: list[str], flag: str) -> str:
     """Return the word after a flag."""
     return arguments[arguments.index(flag) + 1]

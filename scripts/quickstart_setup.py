@@ -9,16 +9,22 @@ import importlib.metadata
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from quickstart_runs import Launcher, RunFailed, read_arguments, run_logged, shown, value_of
+from quickstart_runs import Launcher, RunFailed, run_logged, shown, value_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL_FILE = REPOSITORY / "configs" / "quickstart_gpt.args"
+# From its file: options are checked before anything is installed that the package imports.
+read_arguments: Callable[[Path], list[str]] = runpy.run_path(
+    str(REPOSITORY / "megatron_flashoptim" / "cli" / "argument_files.py")
+)["read_arguments"]
 PACKAGES = ("torch", "triton", "megatron-core", "numpy", "megatron-flashoptim")
 
 # Where Transformer Engine and Apex may be missing, as on CPU ranks (megatron.cpu.MEGATRON_FLAGS).

@@ -88,8 +88,8 @@ def test_imports_point_down() -> None:
     ("module", "source"),
     [
         ("codec.moments", "import megatron_flashoptim.kernels.codec"),
-        ("kernels.adamw", "from megatron_flashoptim.optim import shard"),
-        ("kernels.adamw", "from ..optim import shard"),
+        ("kernels.step", "from megatron_flashoptim.optim import shard"),
+        ("kernels.step", "from ..optim import shard"),
         ("optim.shard", "def late():\n    from megatron_flashoptim.checkpoint.boxes import cut"),
         ("optim.shard", "from megatron_flashoptim import FlashDistributedOptimizer"),
         ("optim.shard", "import megatron.core"),
@@ -109,7 +109,7 @@ def test_an_import_that_points_up_is_found(module: str, source: str) -> None:
     "source",
     [
         "from megatron_flashoptim import FlashOptimConfig, __version__",
-        "from megatron_flashoptim.kernels import adamw\nfrom . import shard",
+        "from megatron_flashoptim.kernels import step\nfrom . import shard",
         "from ..codec import spec",
         "import torch, megatron_flashoptim",
     ],
@@ -118,12 +118,65 @@ def test_an_import_that_points_down_is_not(source: str) -> None:
     assert wrong(source, "megatron_flashoptim.optim.optimizer") == []
 
 
+def run_at_import(tree: ast.AST) -> Iterator[ast.stmt]:
+    """Yield the import statements that run when a module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield from run_at_import(node)
+
+
+# Modules of the tests, which import one another by their names alone, and of the package.
+FILES = {path.stem: path for path in sorted((REPOSITORY / "tests").rglob("*.py"))}
+FILES |= {module.removesuffix(".__init__"): path for module, path in MODULES.items()}
+
+
+def way_to_megatron(source: str, package: str = "", seen: frozenset[str] = frozenset()) -> str:
+    """Return by way of which modules importing a source imports Megatron; empty: it does not."""
+    for statement in run_at_import(ast.parse(source)):
+        for _, name in imports(statement, package):
+            if name.partition(".")[0] == "megatron":
+                return name
+            if layer_of(name) is not None:
+                name = megatron_flashoptim._HOME.get(name.partition(".")[2], name)
+            # Importing a module runs the packages that it is in.
+            parts = name.split(".")
+            names = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+            for each in sorted((names & FILES.keys()) - seen):
+                seen |= {each}
+                path = FILES[each]
+                own = each if path.name == "__init__.py" else each.rpartition(".")[0]
+                if way := way_to_megatron(path.read_text(), own, seen):
+                    return f"{each} > {way}"
+    return ""
+
+
 def test_checkpoint_tests_import_megatron_only_when_they_run() -> None:
     """The fixture ``megatron`` must come first: without a GPU it changes torch before."""
-    found = []
-    for path in sorted((REPOSITORY / "tests" / "checkpoint").glob("*.py")):
-        for statement in ast.parse(path.read_text()).body:
-            if isinstance(statement, (ast.Import, ast.ImportFrom)):
-                names = imports(statement, "")
-                found += [f"{path.name} {n}" for _, n in names if n.partition(".")[0] == "megatron"]
-    assert found == []
+    files = sorted((REPOSITORY / "tests" / "checkpoint").glob("*.py"))
+    assert files
+    assert [
+        f"{file.name} > {way}" for file in files if (way := way_to_megatron(file.read_text()))
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "way"),
+    [
+        ("import tiny_gpt", "tiny_gpt > "),
+        ("from megatron_flashoptim.checkpoint import offline", "checkpoint.offline > "),
+        (
+            "try:\n    from megatron_flashoptim import FlashDistributedOptimizer\nfinally: ...",
+            " > ",
+        ),
+        ("def late():\n    import megatron.core", None),
+        ("if TYPE_CHECKING:\n    import megatron.core", None),
+        ("from megatron_flashoptim import FlashOptimConfig, codec, kernels, optim", None),
+    ],
+)
+def test_megatron_is_found_behind_what_is_imported(source: str, way: str | None) -> None:
+    found = way_to_megatron(source)
+    assert found == "" if way is None else way in found and "megatron.core" in found

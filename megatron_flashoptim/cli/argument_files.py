@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+# Blanks and whole words up to a comment, as in a shell: a "#" within a word or quotes begins none,
+# which it does wherever it stands for shlex.
+_BEFORE_COMMENT = re.compile(
+    r"""(?: \s++ | (?!\#) (?: \\. | '[^']*' | "(?: \\. | [^"\\] )*+" | [^\s'"\\] )++ )*+""",
+    re.VERBOSE,
+)
+
 
 def read_arguments(file: str | Path) -> list[str]:
-    """Return the words of a file; quotes as in a shell, ``#`` starts a comment.
+    """Return the words of a file; quotes as in a shell, ``#`` before a word starts a comment.
 
     Raises:
         ValueError: names the file that cannot be read, or the line with an open quote.
@@ -20,7 +28,7 @@ def read_arguments(file: str | Path) -> list[str]:
     words = []
     for number, line in enumerate(lines, 1):
         try:
-            words += shlex.split(line, comments=True)
+            words += shlex.split(_without_comment(line))
         except ValueError as problem:
             raise ValueError(
                 f"cannot read the file of arguments {file}, line {number}: {problem}: {line}"
@@ -40,3 +48,10 @@ def expand(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         words += read_arguments(argument[1:]) if argument.startswith("@") else [argument]
     return words
+
+
+def _without_comment(line: str) -> str:
+    before = _BEFORE_COMMENT.match(line)
+    assert before is not None  # it matches nothing too
+    # Where the rest is no comment it is a quote that is not closed, for shlex to tell.
+    return before[0] if line[before.end() :].startswith("#") else line

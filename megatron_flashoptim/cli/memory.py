@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from megatron_flashoptim.cli.argument_files import expand
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.codec.spec import MASTER_BITS
-from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.footprint import OPTIMIZERS, TABLE_BYTES, flash_state_bytes
 from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Footprint:
     Attributes:
         name: what it is.
         gradient: bytes of gradient per parameter, on every rank.
-        state: bytes of optimizer state per parameter, shared by the data-parallel ranks.
+        state: bytes of optimizer state per parameter, main gradient included, shared by the
+            data-parallel ranks.
         checkpoint: bytes per parameter on disk, weights included.
     """
 
@@ -52,6 +54,15 @@ def flash_optimizers(only: str | None = None) -> list[tuple[str, Rule]]:
     return [(", ".join(names), rule_of(names[0])) for names in found.values()]
 
 
+def _stock_adam_bytes(grad_bytes: int) -> float:
+    """Return bytes per owned parameter that Megatron's Adam keeps beside a bf16 weight.
+
+    fp32 master and moments, and beside a bf16 gradient a main gradient: an fp32 copy made in the
+    step and held until the next iteration begins (``_copy_model_grads_to_main_grads``).
+    """
+    return 12.0 if grad_bytes == 4 else 16.0
+
+
 def footprints(grad_bytes: int, optimizer: str | None = None) -> list[Footprint]:
     """Return the optimizers side by side.
 
@@ -59,8 +70,9 @@ def footprints(grad_bytes: int, optimizer: str | None = None) -> list[Footprint]
         grad_bytes: bytes of a gradient.
         optimizer: name of a flash optimizer, by default all of them.
     """
-    # Stock: fp32 master and moments; it saves the bf16 weight and 12 bytes of state.
-    rows = [Footprint("adam (fp32 master and moments)", grad_bytes, 12.0, 14.0)]
+    # A checkpoint of Adam holds the bf16 weight, fp32 master and moments, and no gradient.
+    adam = _stock_adam_bytes(grad_bytes)
+    rows = [Footprint("adam (fp32 master and moments)", grad_bytes, adam, 14.0)]
     for names, rule in flash_optimizers(optimizer):
         for bits in sorted(MASTER_BITS, reverse=True):
             state = flash_state_bytes(rule, bits)
@@ -111,15 +123,14 @@ class Variant:
 def variants(size: RunSize) -> list[Variant]:
     """Return the optimizers of a run side by side.
 
-    Stock keeps an fp32 main gradient beside bf16 gradients. The precision-aware optimizer of
-    Transformer Engine keeps an int16 remainder of the master, and no main gradient.
+    The precision-aware optimizer of Transformer Engine keeps an int16 remainder of the master,
+    and no main gradient.
     """
     name, rule = size.optimizer, rule_of(size.optimizer)
     if size.weight_bytes == 4:  # the weights are the masters, and have fp32 gradients
         flash = flash_state_bytes(rule, 16) + TABLE_BYTES
         return [Variant("adam (fp32 moments)", False, 8.0), Variant(name, True, flash)]
-    main_grad = 0.0 if size.grad_bytes == 4 else 4.0
-    rows = [Variant("adam (fp32 master and moments)", False, 12.0 + main_grad)]
+    rows = [Variant("adam (fp32 master and moments)", False, _stock_adam_bytes(size.grad_bytes))]
     for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
         rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for bits in sorted(MASTER_BITS, reverse=True):
@@ -174,8 +185,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         metavar="NAME",
-        help=f"{', '.join(RULES)} (default: with --parameters all of them, else that of the "
-        "arguments or the checkpoint; of Adam flash_adamw)",
+        help=f"{', '.join(OPTIMIZERS)}; adam, which every table has, is shown beside flash_adamw "
+        "(default: with --parameters all of them, else that of the arguments or the checkpoint)",
     )
     parser.add_argument(
         "--gpus",
@@ -192,6 +203,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.optimizer not in (None, *OPTIMIZERS):
+        raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(OPTIMIZERS)}")
     if options.parameters is None:
         print(render_run(_planned(options)))
         return
@@ -202,11 +215,10 @@ def _run(options: argparse.Namespace) -> None:
     ):
         if is_given:
             raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
-    if options.optimizer not in (None, *RULES):
-        raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(RULES)}")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
     ranks = options.data_parallel_size
-    print(render(options.parameters, ranks, grad_bytes, options.optimizer))
+    flash = FlashOptimConfig().optimizer if options.optimizer == "adam" else options.optimizer
+    print(render(options.parameters, ranks, grad_bytes, flash))
 
 
 def _planned(options: argparse.Namespace) -> RunSize:

@@ -20,6 +20,7 @@ import torch
 
 from megatron_flashoptim.checkpoint.saved_args import SavedArgs
 from megatron_flashoptim.megatron.arguments import FIELD
+from megatron_flashoptim.optim.footprint import OPTIMIZERS
 
 # Arguments of a checkpoint that are not taken over, because Megatron's validation derives or turns
 # them off by others, or refuses them a second time. None has a part in a model's shape.
@@ -102,6 +103,7 @@ def parse(arguments: Sequence[str], world_size: int, saved: SavedArgs | None = N
         with contextlib.redirect_stderr(said):  # Megatron's usage is hundreds of lines
             args = megatron_arguments.parse_args(extra_args_provider=with_saved_defaults)
         _refuse_other_models(args)
+        _refuse_other_optimizers(args)
         args = megatron_arguments.validate_args(args)
     except SystemExit as problem:
         lines = said.getvalue().splitlines() or [str(problem)]
@@ -172,6 +174,14 @@ def _refuse_other_models(args: Any) -> None:
                 f"--{field.replace('_', '-')} means {what}; only GPT models on Megatron's "
                 "distributed optimizer are planned. Give --parameters for others"
             )
+
+
+def _refuse_other_optimizers(args: Any) -> None:
+    """Refuse those of Megatron that neither Adam's figures nor a flash optimizer's are about."""
+    if getattr(args, FIELD) is None and args.optimizer not in OPTIMIZERS:
+        raise ArgumentsError(
+            f"--optimizer {args.optimizer} is none of {', '.join(OPTIMIZERS)}, which are planned"
+        )
 
 
 def _build_anywhere(args: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
-from megatron_flashoptim.optim.rules import Rule
+from megatron_flashoptim.optim.rules import RULES, Rule
 from megatron_flashoptim.optim.segments import GROUPS_PER_ENTRY
 
+# Whose bytes are known, by their names as Megatron's --optimizer.
+OPTIMIZERS = ("adam", *RULES)
 # The table of segments: one int32 per tile of groups.
 TABLE_BYTES = 4 / (GROUPS_PER_ENTRY * GROUP_SIZE)
 

@@ -29,12 +29,11 @@ make_absolute() {
     printf -v "$1" '%s' "$(realpath -m -- "${!1}")"
 }
 
-# split_words TEXT SOURCE: leave in the array WORDS the words of TEXT, quoted as in a shell; '#'
-# starts a comment. SOURCE is what an error names.
+# split_words TEXT SOURCE: leave in the array WORDS the words of TEXT, those with blanks in single or
+# double quotes. SOURCE is what an error names.
 split_words() {
     local lines
-    # shellcheck disable=SC2001 # of every line
-    lines="$(sed 's/#.*//' <<<"$1" | xargs -r printf '%s\n' 2>/dev/null)" ||
+    lines="$(xargs -r printf '%s\n' <<<"$1" 2>/dev/null)" ||
         die "$2: a quote is opened and not closed"
     WORDS=()
     if [ -n "$lines" ]; then mapfile -t WORDS <<<"$lines"; fi

@@ -11,8 +11,8 @@ set -a # the job gets the variables
 
 # What is trained.
 SAVE="${SAVE:-}"                             # required: folder of checkpoints, on a shared disk
-ARGS_FILE="${ARGS_FILE:-}"                   # required: Megatron's arguments, like configs/*.args
-EXTRA_ARGS="${EXTRA_ARGS:-}"                 # more of them, quoted as in a shell; these win
+ARGS_FILE="${ARGS_FILE:-}"                   # required: Megatron's arguments; all nodes read it
+EXTRA_ARGS="${EXTRA_ARGS:-}"                 # more of them, with blanks in quotes; these win
 OPTIMIZER="${OPTIMIZER:-flash_adamw}"        # Megatron's --optimizer
 LOAD="${LOAD:-}"                             # start from this folder while SAVE has no checkpoint
 SAVE_INTERVAL="${SAVE_INTERVAL:-1000}"       # iterations from one checkpoint to the next
@@ -33,7 +33,7 @@ LOGS="${LOGS:-}"                             # folder of the output; empty: SAVE
 # Software.
 PYTHON="${PYTHON:-}"                         # empty: .venv of this repository, or the container's
 CONTAINER="${CONTAINER:-}"                   # image for pyxis (srun --container-image); empty: none
-CONTAINER_MOUNTS="${CONTAINER_MOUNTS:-}"     # FROM:TO,... beside repository, SAVE and LOAD
+CONTAINER_MOUNTS="${CONTAINER_MOUNTS:-}"     # FROM:TO,... beside repository, SAVE, LOAD, ARGS_FILE
 SETUP="${SETUP:-}"                           # bash file sourced in the job: modules, NCCL_*
 
 # Rendezvous of torchrun on the first node.
@@ -91,8 +91,6 @@ those in configs/"
         die "TIME='$TIME': give minutes, hours:minutes:seconds or days-hours"
     ((LIMIT_SECONDS > WARNING_SECONDS)) || die "TIME='$TIME' is not longer than \
 WARNING_SECONDS='$WARNING_SECONDS': the job would be warned as it starts"
-    split_words "$(cat "$ARGS_FILE")" "ARGS_FILE='$ARGS_FILE'"
-    FILE_ARGS=("${WORDS[@]}")
     split_words "$EXTRA_ARGS" EXTRA_ARGS
     MORE_ARGS=("${WORDS[@]}")
     split_words "$GPU_REQUEST $SBATCH_OPTIONS" SBATCH_OPTIONS
@@ -126,11 +124,11 @@ make_command() {
         --rdzv-backend "$RDZV_BACKEND" --rdzv-endpoint "$1" --rdzv-id "$2"
         --rdzv-conf "join_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
         -m megatron_flashoptim.run --device "$DEVICE" --finished "$FINISHED"
-        "$SCRIPT" "${FILE_ARGS[@]}" --optimizer "$OPTIMIZER"
+        "$SCRIPT" "@$ARGS_FILE" --optimizer "$OPTIMIZER"
         --save "$SAVE" --save-interval "$SAVE_INTERVAL" --load "$load"
         --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}"
     )
-    container_options "$SAVE" ${LOAD:+"$LOAD"}
+    container_options "$SAVE" "$ARGS_FILE" ${LOAD:+"$LOAD"}
     STEP=(
         srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind none
         --kill-on-bad-exit=1 "${CONTAINER_OPTIONS[@]}"

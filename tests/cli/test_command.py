@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from console import COMMAND, error, run, run_installed
+from console import COMMAND, error, run_installed
 
 from megatron_flashoptim.cli import COMMANDS
 
@@ -18,8 +18,8 @@ NAMES = [command.name for command in COMMANDS]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_has_examples_and_exit_codes(name: str) -> None:
-    done = run(name, "--help")
-    assert done.returncode == 0, done.stderr
+    done = run_installed(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[lines.index("examples:") + 1].startswith(f"  megatron-flashoptim {name} ")
     for text in EXIT_CODES:

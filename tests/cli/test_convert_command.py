@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from console import error, run_installed
+from console import Done, error, run, run_installed
 from ranks import run_ranks
 
 from megatron_flashoptim.cli import main
@@ -35,9 +39,31 @@ def adam(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_console_script_converts_and_says_what_it_did(adam: Path, tmp_path: Path) -> None:
-    done = run_installed("convert", "--to", "flash", str(adam), str(tmp_path / "flash"))
+def _files(folder: Path) -> dict[str, bytes]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def _check_printed(done: Done) -> None:
+    """On stderr stands how far it is, and nothing else."""
     assert done.returncode == 0, done.stderr
+    for line in done.stderr.splitlines():
+        assert re.fullmatch(r"\w+ +\d+%  [\d.]+ M elements/s(, \d+ s left)?", line), line
+
+
+def _check_sizes(printed: str, before: Path, after: Path) -> None:
+    """The line of the result has its size and the source's, as they are on disk."""
+    sizes = [sum(map(len, _files(folder).values())) for folder in (after, before)]
+    said = "{:.2f} MB, from {:.2f} MB".format(*(size / 1e6 for size in sizes))
+    assert f"\n{after}: {said} ({sizes[0] / sizes[1]:.2f}), written" in printed
+
+
+def test_console_script_converts_and_says_what_it_did(adam: Path, tmp_path: Path) -> None:
+    kept = _files(adam)
+    done = run_installed("convert", "--to", "flash", str(adam), str(tmp_path / "flash"))
+    _check_printed(done)
+    assert _files(adam) == kept
+    _check_sizes(done.stdout, adam / "iter_0000002", tmp_path / "flash" / "iter_0000002")
     assert "Megatron's Adam, fully_reshardable" in done.stdout
     assert "relative errors of masters largest" in done.stdout
     assert f"load it with --load {tmp_path / 'flash'}" in done.stdout
@@ -45,7 +71,6 @@ def test_console_script_converts_and_says_what_it_did(adam: Path, tmp_path: Path
     assert (tmp_path / "flash" / "iter_0000002" / ".metadata").is_file()
     for phase in ("checking", "converting", "verifying"):
         assert f"{phase}" in done.stderr and "100%" in done.stderr
-    assert "Warning" not in done.stderr
     again = error("convert", "--to", "flash", str(adam), str(tmp_path / "flash"), code=1)
     assert "is there already" in again
 
@@ -67,15 +92,58 @@ def test_dry_run_lists_what_would_be_written_and_writes_nothing(
     assert not (tmp_path / "w").exists()
 
 
-def test_back_and_weights(adam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_script_converts_back_and_to_weights(adam: Path, tmp_path: Path) -> None:
     bits = ["--master-bits", "32", "--exp-avg-sq-code", "fourth_root"]
     assert main(["convert", "--to", "flash", *bits, str(adam), str(tmp_path / "flash")]) == 0
-    assert main(["convert", "--to", "adam", str(tmp_path / "flash"), str(tmp_path / "adam")]) == 0
-    assert "decoded exactly" in capsys.readouterr().out
+    kept = _files(tmp_path / "flash")
     iteration = tmp_path / "flash" / "iter_0000002"
-    assert main(["convert", "--to", "weights", str(iteration), str(tmp_path / "weights")]) == 0
-    assert "tensors" in capsys.readouterr().out
+    done = run_installed("convert", "--to", "adam", str(tmp_path / "flash"), str(tmp_path / "adam"))
+    _check_printed(done)
+    assert "decoded exactly" in done.stdout
+    _check_sizes(done.stdout, iteration, tmp_path / "adam" / "iter_0000002")
+    done = run_installed("convert", "--to", "weights", str(iteration), str(tmp_path / "weights"))
+    _check_printed(done)
+    assert f"\n{tmp_path / 'weights'}: " in done.stdout and " tensors, " in done.stdout
     assert (tmp_path / "weights" / "model.safetensors.index.json").is_file()
+    assert _files(tmp_path / "flash") == kept
+
+
+def test_a_killed_conversion_goes_on_where_it_was(
+    adam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL while the third part is written; what is there at the end has the same bytes."""
+    from megatron_flashoptim.checkpoint import offline, writer
+
+    kept = _files(adam)
+    monkeypatch.setattr(offline, "_PART", 1 << 13)
+    assert run("convert", "--to", "flash", str(adam), str(tmp_path / "whole")).returncode == 0
+    command = ("convert", "--to", "flash", str(adam), str(tmp_path / "flash"))
+    original = writer.write_part
+
+    def dies(folder: Path, records: Path, number: int, plan: Any, produce: Any, *more: Any) -> None:
+        produced: list[Any] = []
+
+        def until(index: Any) -> Any:
+            if number == 2 and produced:
+                os.kill(os.getpid(), signal.SIGKILL)
+            produced.append(index)
+            return produce(index)
+
+        original(folder, records, number, plan, until, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_part", dies)
+        assert run(*command).returncode == -signal.SIGKILL
+    assert [file.name for file in (tmp_path / "flash").iterdir()] == [".converting-iter_0000002"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^2 of \d+ parts were there from an interrupted", done.stdout, re.MULTILINE)
+    whole, resumed = (_files(tmp_path / name) for name in ("whole", "flash"))
+    described = [pickle.loads(files.pop("iter_0000002/.metadata")) for files in (whole, resumed)]
+    assert resumed == whole
+    for field in ("state_dict_metadata", "storage_data"):  # a name at random is beside them
+        assert getattr(described[0], field) == getattr(described[1], field)
+    assert _files(adam) == kept
 
 
 @pytest.mark.parametrize(

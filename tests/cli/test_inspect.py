@@ -242,8 +242,10 @@ def test_weights_alone_are_shown(saved: Saved) -> None:
 
 
 def test_table_names_the_worst_layer_and_has_a_line_per_tensor(saved: Saved) -> None:
-    done = run_installed("inspect", str(saved.folder / f"adam_{FULLY}"), "--no-report")
-    assert done.stderr == ""
+    adam, flash = (str(saved.folder / f"{name}_{FULLY}") for name in ("adam", "flash"))
+    done = run_installed("inspect", adam, "--against", flash, "--no-report")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\nagainst {flash}\n" in done.stdout
     lines = done.stdout.splitlines()
     parts = _layers(saved.inspected(f"adam_{FULLY}"))
     name = FC1.replace("layers.", "layers.*.")

@@ -130,7 +130,13 @@ def _answer(words: list[str], printed: Path, folder: Path) -> int:
     process = context.Process(target=_in_fork, args=(body, arguments, printed, folder))
     process.start()
     process.join(_SECONDS)
-    return 1 if process.exitcode is None else process.exitcode
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        with printed.open("a") as output:
+            output.write(f"killed after {_SECONDS} s: {' '.join(words)}\n")
+        return 1
+    return process.exitcode
 
 
 def _of_torchrun(arguments: list[str]) -> tuple[int, list[str]]:

@@ -60,7 +60,12 @@ def texts(folder: Path) -> list[str]:
 
 
 def messages() -> Iterator[Message]:
-    """Yield every text of the package that is raised, returned as an error, logged or printed."""
+    """Yield the package's texts of errors and warnings.
+
+    The first argument of what is named ``...Error``, of ``SystemExit`` and of methods named
+    ``error``, ``warning`` and ``warn``, and what is assigned to a variable of ``_HELD``. What is
+    printed, logged as information or returned is not found.
+    """
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(_tree(file)):
             shown = _shown(node)

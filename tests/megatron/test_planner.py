@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,14 +134,20 @@ def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
             ("--gpus", "1", *COMMON.split(), "--hidden-sizes", "2"),
             "unrecognized arguments: --hidden-sizes 2",
         ),
+        (("--gpus", "1", "@FILE"), "--optimizer lion is none of adam, flash_adamw, "),
         (
             ("--gpus", "3", *COMMON.split(), "--tensor-model-parallel-size", "2"),
             "Megatron refuses the arguments: world size (3) is not divisible",
         ),
     ],
 )
-def test_wrong_arguments_exit_with_2_and_say_what(arguments: tuple[str, ...], message: str) -> None:
-    assert message in error("memory", *arguments, code=2)
+def test_wrong_arguments_exit_with_2_and_say_what(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "lion.args"
+    file.write_text(f"{COMMON}\n--optimizer lion")
+    given = (f"@{file}" if argument == "@FILE" else argument for argument in arguments)
+    assert message in error("memory", *given, code=2)
 
 
 H, FFN, EXPERT, PADDED = 256, 1024, 128, 1024

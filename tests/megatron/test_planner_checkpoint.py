@@ -1,4 +1,4 @@
-"""``megatron-flashoptim memory --checkpoint``: what Megatron saved against what was typed."""
+"""``megatron-flashoptim memory --checkpoint`` and ``inspect`` of what Megatron itself saved."""
 
 from __future__ import annotations
 
@@ -114,6 +114,17 @@ def test_the_command_prints_the_plan_of_a_checkpoint(saved: dict[str, Path]) -> 
     assert lines[0].startswith(f"{largest.parameters} parameters on a rank of pipeline stage")
     (flash,) = [line for line in lines if line.startswith("flash_adamw, 24-bit masters")]
     assert flash[32:].split()[0] == str(2 * largest.flash_buffer)
+
+
+def test_inspect_says_what_megatron_saved_of_a_run(saved: dict[str, Path]) -> None:
+    done = run("inspect", str(saved["flash_adamw, torch_dist"]), "--no-report")
+    assert (done.returncode, done.stderr) == (0, "")
+    described = done.stdout.partition("\n\n")[0].splitlines()[1:]
+    fields = dict(line.split(maxsplit=1) for line in described)
+    assert fields["iteration"] == "7"
+    assert fields["versions"].endswith(", Megatron checkpoint 3.0")
+    assert fields["model"] == "layers 2, hidden 64"
+    assert fields["parallel"] == "data 1, tensor 2, pipeline 2, expert 1, context 1"
 
 
 def test_wrong_arguments_beside_a_checkpoint_exit_with_2(saved: dict[str, Path]) -> None:

@@ -41,26 +41,41 @@ def _state_of_parameters(trainer: Any) -> dict[tuple[str, int, str], torch.Tenso
     return found
 
 
-def _run(name: str) -> dict[str, Any]:
-    """Step on given gradients, which no number of ranks changes; then train on real text."""
+def _build(name: str) -> Any:
     import tiny_gpt
 
     flash = FlashOptimConfig(
         optimizer=name, master_rounding="stochastic", sgd_nesterov=name == "flash_sgd"
     )
     options = {**CONFIG, "lr": LR[name], "clip_grad": 0.0}
-    trainer = tiny_gpt.build(tiny_gpt.Setup(layers=1, flash=flash, optimizer=options))
-    for step in range(3):
+    return tiny_gpt.build(tiny_gpt.Setup(layers=1, flash=flash, optimizer=options))
+
+
+def _step_on_given_gradients(trainer: Any, steps: range) -> dict[Any, torch.Tensor]:
+    """Step on gradients that no number of ranks changes; return the state."""
+    for step in steps:
         for key, param in trainer.model[0].named_parameters():
             seed = zlib.crc32(f"{step}{key}".encode())
             generator = torch.Generator().manual_seed(seed)
             param.main_grad.copy_(1e-3 * torch.randn(param.shape, generator=generator))
         trainer.optimizer.step()
-    state = _state_of_parameters(trainer)
+    return _state_of_parameters(trainer)
+
+
+def _run(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """Step on given gradients; save, if there is a folder for it; train on real text."""
+    import checkpoints
+
+    trainer = _build(name)
+    state = _step_on_given_gradients(trainer, range(3))
+    if folder is not None:
+        checkpoints.save(trainer, folder, "fully_reshardable")
     (member,) = trainer.optimizer.chained_optimizers
+    several = torch.distributed.get_world_size() == 2
     return {
         "state": state,
-        "losses": trainer.train(12) if torch.distributed.get_world_size() == 2 else [],
+        "next": {} if several else _step_on_given_gradients(trainer, range(3, 4)),
+        "losses": trainer.train(12) if several else [],
         "groups": [
             {key: value for key, value in group.items() if key != "params"}
             for group in member.optimizer.param_groups
@@ -69,14 +84,26 @@ def _run(name: str) -> dict[str, Any]:
     }
 
 
+def _loaded(name: str, folder: Path) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
+    """Load a checkpoint; return the state before and after another step."""
+    import checkpoints
+
+    trainer = _build(name)
+    checkpoints.load(trainer, folder)
+    return _state_of_parameters(trainer), _step_on_given_gradients(trainer, range(3, 4))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_rule_trains_and_its_state_does_not_depend_on_the_number_of_ranks(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = None  # test_checkpoint.py saves the other rules
     if name == DOCS_RULE:
         register(tmp_path, monkeypatch)
+        folder = tmp_path / "saved"
+        folder.mkdir()
     (alone,) = run_ranks(1, _run, name)
-    ranks = run_ranks(2, _run, name)
+    ranks = run_ranks(2, _run, name, folder)
 
     def joined(key: str, kind: str) -> torch.Tensor:
         pieces = [
@@ -91,6 +118,13 @@ def test_every_rule_trains_and_its_state_does_not_depend_on_the_number_of_ranks(
     for (key, _, kind), expected in alone["state"].items():
         assert torch.equal(joined(key, kind), expected), (key, kind)
         assert kind == "correction" or expected.any(), (key, kind)
+
+    if folder is not None:  # saved by 2 ranks, loaded by 1
+        ((loaded, stepped),) = run_ranks(1, _loaded, name, folder)
+        assert loaded.keys() == stepped.keys() == alone["state"].keys()
+        for key, expected in alone["state"].items():
+            assert torch.equal(loaded[key], expected), key
+            assert torch.equal(stepped[key], alone["next"][key]), key
 
     for rank in ranks:
         losses = rank["losses"]

@@ -11,7 +11,13 @@ import pytest
 import torch
 from bitwise import fp32_ulp
 from shards import GROUP, GuardedShard, Parameter, master_weight, segments_of
-from tolerances import FIRST_STEP_RELATIVE, LION_AGREEMENT, RULE_UPDATE_RELATIVE, TRAINED_LOSS
+from tolerances import (
+    FIRST_STEP_RELATIVE,
+    LION_AGREEMENT,
+    RULE_UPDATE_RELATIVE,
+    TRAINED_LOSS,
+    TRAINED_WEIGHTS,
+)
 
 from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
@@ -299,6 +305,7 @@ def test_training_for_400_steps_ends_where_the_exact_optimizer_does(case: str) -
     away = ((weight - exact_weight).norm() / exact_weight.norm()).item()
     print(f"{case}: loss {ours_end:.4f}, exact {exact_end:.4f}; weights {away:.2%} apart")
     assert abs(ours_end / exact_end - 1) < TRAINED_LOSS
+    assert away < TRAINED_WEIGHTS[LIKE_TORCH[case][0]]
 
 
 def test_lion_takes_nearly_all_signs_of_exact_lion() -> None:

@@ -16,17 +16,11 @@ import pytest
 from ranks import run_ranks
 from slurm_jobs import ROOT, SCRIPTS
 
-ARGUMENTS = """# Megatron's arguments
---num-layers 2   # a comment
---moe-layer-freq "([0]*1+[1]*1)"
---bf16
-"""
-
 
 @pytest.fixture
 def args_file(tmp_path: Path) -> Path:
     file = tmp_path / "model.args"
-    file.write_text(ARGUMENTS)
+    file.write_text("--num-layers 2\n")
     return file
 
 
@@ -47,7 +41,7 @@ def _shown(script: str, **variables: object) -> list[str]:
 
 def test_pretraining_shows_what_it_would_run(args_file: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    extra = "--train-iters 8 --wandb-exp-name 'a b'"
+    extra = """--train-iters 8 --wandb-exp-name 'a b#3' --tag #1\n--layers "[0]*1\""""
     variables = {"SAVE": save, "ARGS_FILE": args_file, "EXTRA_ARGS": extra, "NODES": 3}
     submitted, step, command = _shown("pretrain.sh", **variables)
     assert submitted == (
@@ -65,9 +59,9 @@ def test_pretraining_shows_what_it_would_run(args_file: Path, tmp_path: Path) ->
         "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT --rdzv-id JOB_ID-RESTART_COUNT "
         "--rdzv-conf join_timeout=900\\,timeout=900 -m megatron_flashoptim.run --device cuda "
         f"--finished {save}/.finished-JOB_ID {ROOT}/scripts/pretrain_gpt.py "
-        "--num-layers 2 --moe-layer-freq \\(\\[0\\]\\*1+\\[1\\]\\*1\\) --bf16 "
-        f"--optimizer flash_adamw --save {save} --save-interval 1000 --load {save} "
-        "--exit-signal-handler --exit-duration-in-mins 237 --train-iters 8 --wandb-exp-name a\\ b"
+        f"@{args_file} --optimizer flash_adamw --save {save} --save-interval 1000 --load {save} "
+        "--exit-signal-handler --exit-duration-in-mins 237 --train-iters 8 "
+        "--wandb-exp-name a\\ b#3 --tag \\#1 --layers \\[0\\]\\*1"
     )
     assert command == expected
     assert not save.exists(), "nothing is made"
@@ -86,7 +80,8 @@ def test_containers_mount_what_the_job_reads_and_writes(args_file: Path, tmp_pat
     image = {"CONTAINER": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data", "PYTHON": ""}
     save = tmp_path / "run"
     _, step, command = _shown("pretrain.sh", SAVE=save, ARGS_FILE=args_file, **image)
-    mounts = f"--container-mounts={ROOT}:{ROOT}\\,{save}:{save}\\,/data:/data"
+    mounted = (ROOT, save, args_file, "/data")
+    mounts = "--container-mounts=" + "\\,".join(f"{path}:{path}" for path in mounted)
     assert f" --container-image=image.sqsh {mounts} bash " in step
     assert command.startswith("python -m torch.distributed.run "), "the container's own"
     source, result = tmp_path, tmp_path / "result"
