@@ -1,4 +1,4 @@
-"""AdamW in exact fp32 by Transformer Engine's formula, for stock Megatron to compare with.
+"""Adam in exact fp32 by Transformer Engine's formula, for stock Megatron to compare with.
 
 Without Transformer Engine or Apex, stock Megatron falls back to ``torch.optim.AdamW``, which keeps
 no ``step`` in its param groups and cannot be resumed. ``use_as_megatrons_adam`` puts this
@@ -13,7 +13,10 @@ import torch
 
 
 class ExactAdamW(torch.optim.Optimizer):
-    """FusedAdam with ``adam_w_mode``, in plain fp32; the step count lives in the param groups."""
+    """FusedAdam in plain fp32; the step count lives in the param groups, ``adam_w_mode`` does not.
+
+    Without ``adam_w_mode`` it decays weights by L2.
+    """
 
     def __init__(
         self,
@@ -22,11 +25,13 @@ class ExactAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
         **_: Any,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
+        self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
     # The base class's overloads return a closure's loss; Megatron gives no closure.
@@ -44,10 +49,14 @@ class ExactAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 m, v = state["exp_avg"], state["exp_avg_sq"]
-                m.mul_(beta1).add_(param.grad, alpha=1 - beta1)
-                v.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+                decay = group["weight_decay"] * param
+                grad = param.grad if self.adam_w_mode else param.grad + decay
+                m.mul_(beta1).add_(grad, alpha=1 - beta1)
+                v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 denominator = (v / correction2).sqrt() + group["eps"]
-                update = m / correction1 / denominator + group["weight_decay"] * param
+                update = m / correction1 / denominator
+                if self.adam_w_mode:
+                    update += decay
                 param.sub_(update, alpha=group["lr"])
 
 

@@ -30,7 +30,7 @@ _ADAM_OPTIONS: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
     "fused": None,
-    "decoupled_weight_decay": True,
+    param_groups.DECOUPLED: True,
 }
 
 
@@ -68,7 +68,10 @@ def of_flash(
         metadata.MERGED: True,
         **_beside_groups(folder),
     }
-    return _common(folder, flash, optimizer, {metadata.KEY: described})
+    args = arguments(flash)
+    if not flash.rule.takes_l2:  # or a run with these arguments would be refused
+        args[param_groups.DECOUPLED] = True
+    return _common(folder, args, optimizer, {metadata.KEY: described})
 
 
 def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
@@ -77,10 +80,11 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
     Experts that have param groups of their own are a member of the chain of their own, as in runs
     with expert parallelism.
     """
-    options = dict(_ADAM_OPTIONS)
+    options, args = dict(_ADAM_OPTIONS), arguments(None)
     if folder.flash:
-        rule = rule_of(metadata.optimizer_of(folder.flash))
-        options["decoupled_weight_decay"] = rule.decoupled_adam
+        decoupled = rule_of(metadata.optimizer_of(folder.flash)).decoupled_adam
+        # Not every Adam keeps it in its groups: the arguments have to say it too.
+        options[param_groups.DECOUPLED] = args[param_groups.DECOUPLED] = decoupled
     groups = [
         {**options, **group, "step": int(group.get("step") or 0)} for group in _groups(folder)
     ]
@@ -94,7 +98,7 @@ def of_adam(folder: CheckpointFolder) -> dict[str, Any]:
         if member
     ]
     optimizer = states[0] if len(states) == 1 else dict(enumerate(states))
-    return _common(folder, None, optimizer, {})
+    return _common(folder, args, optimizer, {})
 
 
 def _hyper_parameters(optimizer: str) -> set[str]:
@@ -146,7 +150,7 @@ def _beside_groups(folder: CheckpointFolder) -> dict[str, Any]:
 
 def _common(
     folder: CheckpointFolder,
-    flash: FlashOptimConfig | None,
+    args: dict[str, Any],
     optimizer: dict[Any, Any],
     described: dict[str, Any],
 ) -> dict[str, Any]:
@@ -159,5 +163,5 @@ def _common(
     common = {**folder.common, "optimizer": optimizer, "content_metadata": content}
     if "args" in common:
         common["args"] = copy.copy(common["args"])
-        vars(common["args"]).update(arguments(flash))
+        vars(common["args"]).update(args)
     return common

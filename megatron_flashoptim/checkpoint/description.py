@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_flashoptim.checkpoint import metadata
 from megatron_flashoptim.checkpoint.folder import FLASH, WEIGHTS, CheckpointFolder
 from megatron_flashoptim.codec.spec import FORMAT_VERSION
 from megatron_flashoptim.optim.shard import EXP_AVG_SQ
@@ -90,9 +91,10 @@ def _optimizer(folder: CheckpointFolder) -> str:
     if folder.optimizer != FLASH:
         return "Megatron's Adam, fp32 masters and moments"
     flash = folder.flash
-    told = [str(flash.get("optimizer")), f"{flash.get('master_bits')}-bit masters"]
+    saved = metadata.format_of(flash)
+    told = [metadata.optimizer_of(flash), f"{saved['master_bits']}-bit masters"]
     if any(row.kind == EXP_AVG_SQ for row in bytes_by_kind(folder)):
-        told.append(f"{flash.get('exp_avg_sq_code', 'sqrt')} code")
+        told.append(f"{saved['exp_avg_sq_code']} code")
     told.append(f"groups of {flash.get('group_size')}")
     told += [f"{flash.get('weights')} weights", f"rounding seed {flash.get('seed')}"]
     return ", ".join(told)

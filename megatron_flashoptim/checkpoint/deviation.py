@@ -104,11 +104,13 @@ class Report:
             for kind, found in self.deviations.items()
             if found.total  # else there were none, or all are zero
         ]
-        return (
+        text = (
             f"converted to flash state: {self.elements} elements in {self.parameters} parameter "
-            f"ranges; relative errors {', '.join(errors)} (moments: largest is relative to the "
-            "largest of each 32 elements)"
+            f"ranges; relative errors {', '.join(errors) or '0'}"
         )
+        if any(self.deviations[moment].total for moment in (EXP_AVG, EXP_AVG_SQ)):
+            text += " (moments: largest is relative to the largest of each 32 elements)"
+        return text
 
 
 def belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -48,6 +48,15 @@ def hold_same_state(saved: str, wanted: str) -> bool:
     return saved == wanted or (holds_adam_state(saved) and holds_adam_state(wanted))
 
 
+def rule_of_adam(*, decoupled: bool) -> str:
+    """Return the name of the update rule that steps as Megatron's Adam does.
+
+    Args:
+        decoupled: its ``OptimizerConfig.decoupled_weight_decay``.
+    """
+    return next(name for name in RULES if rule_of(name).decoupled_adam is decoupled)
+
+
 # Fields whose saved value (first) is converted to the run's (second) on load where this is true.
 _CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {
     "optimizer": hold_same_state,
@@ -167,6 +176,22 @@ def taken_over(saved: dict[str, Any], flash: FlashOptimConfig) -> str | None:
     if theirs == flash.optimizer:
         return None
     return f"took over the state of {theirs}, which is that of {flash.optimizer}"
+
+
+def taken_over_from_adam(decoupled: bool | None, flash: FlashOptimConfig) -> str | None:
+    """Return one line if the state of Megatron's Adam goes on by another formula, else None.
+
+    Args:
+        decoupled: see ``param_groups.decoupled_by_adam``.
+        flash: of the run, with a rule that keeps Adam's state.
+    """
+    if decoupled is None or decoupled == flash.rule.decoupled_adam:
+        return None
+    return (
+        f"took over the state of Megatron's Adam, which is that of {flash.optimizer}; it was saved "
+        f"with decoupled_weight_decay={decoupled}, and {rule_of_adam(decoupled=decoupled)} is what "
+        "goes on by the same formula"
+    )
 
 
 def check_sharding_type(content: dict[str, Any] | None) -> None:

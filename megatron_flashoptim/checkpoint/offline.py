@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, save_integrity_manifest
 
-from megatron_flashoptim.checkpoint import common_state, metadata, workers, writer
+from megatron_flashoptim.checkpoint import common_state, metadata, param_groups, workers, writer
 from megatron_flashoptim.checkpoint.damage import check_files
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder, open_folder
@@ -25,6 +25,7 @@ from megatron_flashoptim.checkpoint.iterations import TRACKER
 from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox
+from megatron_flashoptim.codec.spec import ExpAvgSqCode, MasterBits
 from megatron_flashoptim.optim.config import FlashOptimConfig
 from megatron_flashoptim.optim.rules import RULES, rule_of
 
@@ -38,6 +39,10 @@ _BYTES_PER_ITEM = 1400
 Progress = Callable[[str, int, int], None]
 
 
+class RequestError(ValueError):
+    """What is asked for does not belong together, whatever is done to the checkpoints."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to convert.
@@ -47,8 +52,9 @@ class Request:
         destination: folder that ``--load`` will be given.
         target: ``"flash"`` or ``"adam"``.
         iteration: of the source; by default its latest.
-        flash: format of the new flash state.
         optimizer: update rule of the new flash state; by default the source's.
+        master_bits, exp_avg_sq_code: format of the new flash state; by default the source's, of
+            Adam 24 and "sqrt".
         repair: rebuild masters that are not those of the weights, see ``deviation.belongs``.
         processes: that convert side by side.
     """
@@ -57,8 +63,9 @@ class Request:
     destination: Path
     target: str
     iteration: int | None = None
-    flash: FlashOptimConfig = field(default_factory=FlashOptimConfig)
     optimizer: str | None = None
+    master_bits: MasterBits | None = None
+    exp_avg_sq_code: ExpAvgSqCode | None = None
     repair: bool = False
     processes: int = 1
 
@@ -90,15 +97,14 @@ class Conversion:
         request: what to convert.
 
     Raises:
+        RequestError: the update rule keeps no moment that the code is of.
         ValueError: the source is none that can be converted, or the destination is taken.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.folder = open_folder(request.source, request.iteration)
-        optimizer = request.optimizer or _optimizer_of(self.folder)
-        flash = replace(request.flash, optimizer=optimizer)
-        self.recoding = Recoding(self.folder, request.target, flash)
+        self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
         self.final = request.destination / self.folder.name
         if self.final.exists():
@@ -334,6 +340,32 @@ class Conversion:
         shutil.rmtree(self._work)
 
 
+def _flash_of(request: Request, folder: CheckpointFolder) -> FlashOptimConfig:
+    """Return rule and format of the new flash state; what is not asked for is as in the source.
+
+    Raises:
+        RequestError: the update rule keeps no moment that the code is of.
+        ValueError: as of ``_optimizer_of``.
+    """
+    optimizer = request.optimizer or _optimizer_of(folder)
+    saved = metadata.format_of(folder.flash)
+    code = request.exp_avg_sq_code
+    if not rule_of(optimizer).keeps_exp_avg_sq:
+        if code is not None:
+            raise RequestError(
+                f"--exp-avg-sq-code {code} is of the second moment, and {optimizer} keeps none; "
+                "drop the flag"
+            )
+        saved["exp_avg_sq_code"] = "sqrt"
+    bits = request.master_bits or saved["master_bits"]
+    return FlashOptimConfig(
+        optimizer=optimizer,
+        master_bits=bits,
+        master_rounding="stochastic" if bits == 16 else "nearest",
+        exp_avg_sq_code=code or saved["exp_avg_sq_code"],
+    )
+
+
 def _optimizer_of(folder: CheckpointFolder) -> str:
     """Return the update rule of a source's state, for Megatron's Adam that which steps alike.
 
@@ -341,8 +373,9 @@ def _optimizer_of(folder: CheckpointFolder) -> str:
         ValueError: it is of a rule that is not known here.
     """
     if folder.optimizer != FLASH:
-        decoupled = getattr(folder.common.get("args"), "decoupled_weight_decay", True)
-        return next(name for name in RULES if rule_of(name).decoupled_adam is decoupled)
+        groups = param_groups.of_optimizer(folder.common.get("optimizer") or {})
+        decoupled = param_groups.decoupled_by_adam(groups, folder.common.get("args"))
+        return metadata.rule_of_adam(decoupled=decoupled is not False)
     name = metadata.optimizer_of(folder.flash)
     if name not in RULES:
         raise ValueError(

@@ -15,11 +15,13 @@ from megatron.core.optimizer.optimizer import param_group_identifier_keys
 _EXPERTS = "is_expert_parallel"
 # What a group of the run keeps when it takes over one of a checkpoint.
 OWN = ("params", _EXPERTS)
+# Of Adam: in the param groups of torch's, and in arguments where there is a flag for it.
+DECOUPLED = "decoupled_weight_decay"
 # Hyper-parameters that make another formula, not another number in it: the flag of each, and the
 # value that giving the flag sets.
 _SWITCHES: dict[str, tuple[str, bool]] = {
     "nesterov": ("--flash-sgd-nesterov", True),
-    "decoupled_weight_decay": ("--no-decoupled-weight-decay", False),
+    DECOUPLED: ("--no-decoupled-weight-decay", False),
 }
 
 Group = dict[str, Any]
@@ -39,6 +41,20 @@ def of_optimizer(state: dict[Any, Any]) -> list[Group]:
         for key in chained
         for group in state[key].get("optimizer", {}).get("param_groups", ())
     ]
+
+
+def decoupled_by_adam(groups: Iterable[Group], args: object) -> bool | None:
+    """Return whether Megatron's Adam decayed weights apart from the gradient; None if unsaid.
+
+    The groups come first: they are what torch's Adam steps by. Transformer Engine's and Apex's say
+    nothing there.
+
+    Args:
+        groups: of a checkpoint of Megatron's Adam.
+        args: the arguments in it, or None.
+    """
+    said = (*(group.get(DECOUPLED) for group in groups), getattr(args, DECOUPLED, None))
+    return next((bool(value) for value in said if value is not None), None)
 
 
 def match(current: Sequence[Group], saved: Sequence[Group]) -> list[Group]:

@@ -63,6 +63,15 @@ class Recoding:
             return metadata.holds_adam_state(self.flash.optimizer)
         return metadata.hold_same_state(saved, self.flash.optimizer)
 
+    @cached_property
+    def keeps_masters(self) -> bool:
+        """Whether every master is kept to the last bit; else they are rounded to the new bits."""
+        if self.target == ADAM or self.weights_dtype != metadata.BFLOAT16:
+            return True
+        adams = self._folder.optimizer == ADAM
+        saved = 32 if adams else metadata.format_of(self._folder.flash)["master_bits"]
+        return bool(self.flash.master_bits >= saved)
+
     @property
     def moments(self) -> tuple[str, ...]:
         """Names of the moments of the new state."""
@@ -135,7 +144,8 @@ class Recoding:
             code = f" and the code {new['exp_avg_sq_code']}" if "exp_avg_sq_code" in new else ""
             raise ValueError(
                 f"{self._folder.path} is a checkpoint of {new['optimizer']} with "
-                f"{new['master_bits']}-bit masters{code} already"
+                f"{new['master_bits']}-bit masters{code} already; give another --optimizer, "
+                "--master-bits or --exp-avg-sq-code"
             )
 
     @cached_property

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -25,7 +26,7 @@ from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
 from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
 from megatron_flashoptim.checkpoint.deviation import AT_ONCE, Report
-from megatron_flashoptim.checkpoint.folder import MASTER, OLDER_MASTER
+from megatron_flashoptim.checkpoint.folder import MASTER, OLDER_MASTER, load_common
 from megatron_flashoptim.checkpoint.fragments import read_fragments
 from megatron_flashoptim.checkpoint.model_space import PREFIX, ModelSpace, OwnedRange
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
@@ -86,6 +87,15 @@ class StockLoading:
 
     ranges: Sequence[StockRange]
     folder: str | None = None
+
+    def saved_args(self) -> object:
+        """Return the arguments in the checkpoint, None where it has none; on rank 0, which logs."""
+        if self.folder is None or torch.distributed.get_rank() != 0:
+            return None
+        try:
+            return load_common(Path(self.folder)).get("args")
+        except ValueError:
+            return None  # Megatron has read what is needed; this is for a line in the log
 
     def convert(self) -> Report:
         """Read and encode everything; touches no parameter whose master is not its weight's.

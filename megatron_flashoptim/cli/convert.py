@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_flashoptim.cli.command import Command, UsageError
 from megatron_flashoptim.cli.progress import Progress
-from megatron_flashoptim.codec.spec import EXP_AVG_SQ_CODES, MASTER_BITS, MasterBits
+from megatron_flashoptim.codec.spec import EXP_AVG_SQ_CODES, MASTER_BITS
 from megatron_flashoptim.optim.rules import RULES
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         choices=tuple(RULES),
-        help="with --to flash: for which one (default: SRC's own, of Adam flash_adamw). Where its "
-        "moments are others than SRC's they start at zero, and masters are kept",
+        help="with --to flash: for which one (default: SRC's own; of Adam flash_adamw, or "
+        "flash_adam where it decayed by L2). Where its moments are others than SRC's they start at "
+        "zero, and masters are kept",
     )
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="of SRC (default: the latest it names)"
@@ -59,12 +60,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--master-bits",
         type=int,
         choices=MASTER_BITS,
-        help="with --to flash: as --flash-master-bits (default: 24)",
+        help="with --to flash: as --flash-master-bits (default: SRC's own, of Adam 24)",
     )
     parser.add_argument(
         "--exp-avg-sq-code",
         choices=EXP_AVG_SQ_CODES,
-        help="with --to flash: as --flash-exp-avg-sq-code (default: sqrt)",
+        help="with --to flash: as --flash-exp-avg-sq-code (default: SRC's own, of Adam sqrt)",
     )
     parser.add_argument(
         "--dtype",
@@ -77,31 +78,30 @@ def _run(options: argparse.Namespace) -> int:
     _check(options)
     if options.to == _WEIGHTS:
         return _export(options)
-    from megatron_flashoptim.checkpoint.offline import Conversion, Request
-    from megatron_flashoptim.optim.config import FlashOptimConfig
+    from megatron_flashoptim.checkpoint.offline import Conversion, Request, RequestError
 
-    bits: MasterBits = options.master_bits or 24
-    flash = FlashOptimConfig(
-        master_bits=bits,
-        master_rounding="stochastic" if bits == 16 else "nearest",
-        exp_avg_sq_code=options.exp_avg_sq_code or "sqrt",
+    request = Request(
+        source=options.source,
+        destination=options.destination,
+        target=options.to,
+        iteration=options.iteration,
+        optimizer=options.optimizer,
+        master_bits=options.master_bits,
+        exp_avg_sq_code=options.exp_avg_sq_code,
+        repair=options.repair,
+        processes=options.processes,
     )
-    conversion = Conversion(
-        Request(
-            source=options.source,
-            destination=options.destination,
-            target=options.to,
-            iteration=options.iteration,
-            flash=flash,
-            optimizer=options.optimizer,
-            repair=options.repair,
-            processes=options.processes,
-        )
-    )
+    try:
+        conversion = Conversion(request)
+    except RequestError as problem:
+        raise UsageError(str(problem)) from problem
     _print_source(conversion.folder)
-    if not conversion.recoding.keeps_moments:
-        name = conversion.recoding.flash.optimizer
-        print(f"masters are kept; the moments and the step number of {name} start at zero")
+    recoding = conversion.recoding
+    if not recoding.keeps_moments:
+        flash = recoding.flash
+        kept = "kept" if recoding.keeps_masters else f"rounded to {flash.master_bits} bits"
+        name = flash.optimizer
+        print(f"masters are {kept}; the moments and the step number of {name} start at zero")
     if options.dry_run:
         _print_plan(conversion)
         return 0
@@ -134,11 +134,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _print_source(folder: Any) -> None:
+    from megatron_flashoptim.checkpoint.metadata import optimizer_of
+
     args = folder.common.get("args")
     world = f", saved by {args.world_size} ranks" if hasattr(args, "world_size") else ""
     kind = {
         "adam": "Megatron's Adam",
-        "flash": folder.flash.get("optimizer"),
+        "flash": optimizer_of(folder.flash),
         "weights": "weights only",
     }
     print(f"{folder.path}: {kind[folder.optimizer]}, {folder.sharding_type or 'no state'}{world}")

@@ -296,11 +296,13 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """
         shared = param_groups.of_optimizer(state_dict)
         report = Report()
+        args = state_dict[_STOCK].saved_args()
         try:
             for number, member in enumerate(self.chained_optimizers):
                 if not member.is_stub_optimizer:
                     own = state_dict.get(_STOCK_GROUPS, {}).get(str(number))
-                    member.load_stock_param_groups(own["param_groups"] if own else shared)
+                    saved = own["param_groups"] if own else shared
+                    member.load_stock_param_groups(saved, args)
             local = state_dict[_STOCK].convert()
         except ValueError as problem:
             local = Report(problem=str(problem))

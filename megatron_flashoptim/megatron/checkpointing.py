@@ -110,14 +110,21 @@ class FlashCheckpointing(_Base):
             _warn_once(line)
         return matched
 
-    def load_stock_param_groups(self, saved: list[dict[str, Any]]) -> None:
+    def load_stock_param_groups(self, saved: list[dict[str, Any]], args: object) -> None:
         """Load step, learning rate and the like from param groups of Megatron's Adam.
+
+        Args:
+            saved: the checkpoint's.
+            args: the arguments in it, or None; for what the log says.
 
         Raises:
             ValueError: the checkpoint has other groups.
         """
         found = []
         matched = self._matching_groups(saved)
+        decoupled = param_groups.decoupled_by_adam(matched, args)
+        if taken_over := flash_metadata.taken_over_from_adam(decoupled, self.flash):
+            _warn_once(taken_over)
         for own, stock in zip(self.optimizer.param_groups, matched, strict=True):
             values = {key: stock[key] for key in own if key in stock and key != "params"}
             # torch's AdamW counts in floats, and Transformer Engine's keeps none before it steps.

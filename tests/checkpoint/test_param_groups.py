@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,3 +42,23 @@ def test_a_group_without_counterpart_is_refused_with_both_options(
 ) -> None:
     with pytest.raises(ValueError, match=r"max_lr.*0\.5.*max_lr.*0\.001"):
         param_groups.match([_group(0, max_lr=0.5)], [_group(1)])
+
+
+@pytest.mark.parametrize(
+    ("in_groups", "in_args", "found"),
+    [
+        ([False, False], True, False),  # torch's Adam steps by its groups
+        ([None, 1], False, True),
+        ([None, None], 0, False),  # as files of other code may have it
+        ([None, None], None, None),
+        ([], False, False),
+    ],
+)
+def test_adams_decay_is_that_of_its_groups_then_of_the_arguments(
+    param_groups: ModuleType, in_groups: list[Any], in_args: Any, found: bool | None
+) -> None:
+    groups = [_group(1, decoupled_weight_decay=value) for value in in_groups]
+    args = SimpleNamespace(decoupled_weight_decay=in_args)
+    assert param_groups.decoupled_by_adam(groups, args) is found
+    if in_args is None:
+        assert param_groups.decoupled_by_adam(groups, None) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,12 +94,7 @@ def load(folder: Path, *, install: bool = True, **options: Any) -> dict[str, Any
 
     if install:
         megatron_flashoptim.install()
-    logged: list[str] = []
-    handler = logging.Handler()
-    # Collects messages; a handler is a class to override, this is one to use once.
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.disable(logging.NOTSET)
-    logging.getLogger("megatron_flashoptim").addHandler(handler)
+    logged = checkpoints.collect_log()
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.5  # must come from the checkpoint
@@ -117,6 +111,7 @@ def load(folder: Path, *, install: bool = True, **options: Any) -> dict[str, Any
         "groups": checkpoints.plain_groups(trainer),
         "weights": weights,
         "logged": [message for message in logged if message.startswith("converted")],
+        "told": [message for message in logged if message.startswith("took over")],
         "losses": trainer.train(2),
     }
 

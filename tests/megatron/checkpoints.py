@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,9 +33,20 @@ LEGACY = "torch"
 
 
 def save(
-    trainer: Any, folder: Path, sharding_type: str = DP_RESHARDABLE, *, parallel: bool = False
+    trainer: Any,
+    folder: Path,
+    sharding_type: str = DP_RESHARDABLE,
+    *,
+    parallel: bool = False,
+    **beside: Any,
 ) -> None:
-    """Save model, optimizer and step count, as Megatron's training loop does."""
+    """Save model, optimizer and step count, as Megatron's training loop does.
+
+    Args:
+        trainer, folder, sharding_type: what to save, where, and how.
+        parallel: save as with ``--ckpt-fully-parallel-save``.
+        beside: what else is in a ``torch_dist`` checkpoint, such as ``args``.
+    """
     trainer.sync_params()
     if sharding_type == LEGACY:
         _save_legacy(trainer, folder)
@@ -45,7 +57,7 @@ def save(
     if parallel:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-    state = saved_state(trainer, metadata)
+    state = {**saved_state(trainer, metadata), **beside}
     dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
 
 
@@ -144,6 +156,17 @@ def _load_legacy(trainer: Any, folder: Path) -> None:
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     trainer.optimizer.load_parameter_state(str(state))
     trainer.step_number = loaded["step_number"]
+
+
+def collect_log() -> list[str]:
+    """Return a list that takes what this package logs in this process from now on."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    # A handler is a class to override; this is one to use once.
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.disable(logging.NOTSET)
+    logging.getLogger("megatron_flashoptim").addHandler(handler)
+    return logged
 
 
 def everything(trainer: Any) -> dict[str, Any]:

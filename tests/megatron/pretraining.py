@@ -50,7 +50,7 @@ def pretrain(corpus: Path, *flags: str, model: Sequence[str] = MODEL) -> dict[in
 
 
 def printed(corpus: Path, *flags: str, model: Sequence[str] = MODEL) -> str:
-    """Train on two ranks; returns what they printed."""
+    """Train on two ranks; returns what they printed, each with what this package logged."""
     arguments = [str(SCRIPT), *model, *device_flags(), *data_flags(corpus), *flags]
     return "".join(run_ranks(2, _pretrain, arguments))
 
@@ -63,12 +63,15 @@ def losses(text: str) -> dict[int, tuple[str, str]]:
 
 
 def _pretrain(arguments: list[str]) -> str:
+    from checkpoints import collect_log
+
     from megatron_flashoptim import run
 
+    logged = collect_log()
     device = [] if torch.cuda.is_available() else ["--device", "cpu"]
     with printed_by_training() as printed:
         run.main([*device, *arguments])
-    return printed.getvalue()
+    return "\n".join([printed.getvalue(), *logged, ""])
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,19 +146,24 @@ def test_saving_changes_nothing(saved: Saved) -> None:
 
 
 def _load_each(folders: list[Path], **options: Any) -> list[str | dict[str, Any]]:
-    """Load one checkpoint after the other; returns the state, or the error, and what was logged."""
+    """Load one checkpoint after the other; returns the state, or the error, and what was logged.
+
+    Weights and state are zero before each: what is found was read.
+    """
     import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     found: list[str | dict[str, Any]] = []
-    logged: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.disable(logging.NOTSET)
-    logging.getLogger("megatron_flashoptim").addHandler(handler)
+    logged = checkpoints.collect_log()
     for folder in folders:
         logged.clear()
+        for param in trainer.model[0].parameters():
+            param.data.zero_()
+        for member in trainer.optimizer.chained_optimizers:
+            for shard in member.optimizer.shards:
+                for _, tensor in shard.state():
+                    tensor.zero_()
         try:
             checkpoints.load(trainer, folder)
             found.append({**checkpoints.everything(trainer), "logged": list(logged)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,25 @@ def _described(folder: Path) -> dict[str, Any]:
     return open_folder(folder).flash
 
 
+def _saved_args(folder: Path) -> dict[str, Any]:
+    from megatron_flashoptim.checkpoint.folder import open_folder
+
+    return vars(open_folder(folder).common["args"])
+
+
+def _format(flash: FlashOptimConfig) -> dict[str, Any]:
+    """Return what asks for a format."""
+    return {"master_bits": flash.master_bits, "exp_avg_sq_code": flash.exp_avg_sq_code}
+
+
 def _save_flash(folder: Path, steps: int = 3, **options: Any) -> Any:
     import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     trainer.train(steps)
-    checkpoints.save(trainer, folder, FULLY)
+    args = Namespace(decoupled_weight_decay=True)  # flash_adam needs no flag to decay by L2
+    checkpoints.save(trainer, folder, FULLY, args=args)
     return checkpoints.plain_groups(trainer)
 
 
@@ -99,7 +112,7 @@ def test_flash_of_adam_is_what_loading_converts_to(case: str, tmp_path: Path) ->
     source.mkdir()
     stock = run_ranks(saved_by, saves[0], source, *saves[1:], **saved_options)
     flash = options.get("flash", FlashOptimConfig())
-    result, folder = _convert(source, tmp_path / "flash", "flash", flash=flash)
+    result, folder = _convert(source, tmp_path / "flash", "flash", **_format(flash))
     loaded = run_ranks(loaded_by, load, folder, **options)
     assert not any("error" in rank for rank in loaded), loaded[0]
     assert not any(rank["logged"] for rank in loaded), "it is a flash checkpoint, not converted"
@@ -145,14 +158,15 @@ def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_pa
     source.mkdir()
     groups = run_ranks(ranks, _save_flash, source, **options)[0]
     _, adam = _convert(source, tmp_path / "adam", "adam")
-    rule = flash.optimizer if case == "flash_adam" else None  # else by default
-    _, again = _convert(adam, tmp_path / "again", "flash", flash=flash, optimizer=rule)
+    _, again = _convert(adam, tmp_path / "again", "flash", **_format(flash))
     (before, own), (after, same) = _contents(source), _contents(again)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
     assert {k: v for k, v in own.items() if k != "grad_scaler"} == same
     assert _described(again) == _described(source)
+    if case == "flash_adam":
+        _assert_decays_by_l2(adam, tmp_path)
     stock_options = {key: value for key, value in options.items() if key != "flash"}
     loaded = run_ranks(ranks, _load_adam, adam, **stock_options)
     for group, of_stock in zip(groups, loaded[0]["groups"], strict=True):
@@ -168,6 +182,19 @@ def test_flash_to_adam_loads_in_stock_and_back_is_the_identity(case: str, tmp_pa
     assert all(0 < loss < 7 for loss in loaded[0]["losses"])
 
 
+def _assert_decays_by_l2(adam: Path, tmp_path: Path) -> None:
+    """Adam made of flash_adam says so in the arguments too; what decays otherwise says that."""
+    assert _saved_args(adam)["decoupled_weight_decay"] is False
+    _, other = _convert(adam, tmp_path / "adamw", "flash", optimizer="flash_adamw")
+    args = _saved_args(other)
+    # Or no run, and no `memory --checkpoint`, would take these arguments.
+    assert args["flash_optimizer"] == "flash_adamw" and args["decoupled_weight_decay"] is True
+    for optimizer, told in (("flash_adamw", True), ("flash_adam", False)):
+        (loaded,) = run_ranks(1, load, adam, layers=1, flash=FlashOptimConfig(optimizer=optimizer))
+        said = "saved with decoupled_weight_decay=False, and flash_adam is what goes on"
+        assert [said in line for line in loaded["told"]] == [True] * told
+
+
 def test_masters_of_fp32_weights_keep_their_bits_at_other_master_bits(tmp_path: Path) -> None:
     """A bf16 model's fp32 norms and routers: no correction in any checkpoint, weights as they are.
 
@@ -176,10 +203,10 @@ def test_masters_of_fp32_weights_keep_their_bits_at_other_master_bits(tmp_path: 
     source = tmp_path / "flash"
     source.mkdir()
     run_ranks(2, _save_flash, source, **{**MIXED_EXPERTS, "ep": 2})
-    wide = FlashOptimConfig(master_bits=32)
     folders = [
         source,
-        *(_convert(source, tmp_path / f"to-{t}", t, flash=wide)[1] for t in ("flash", "adam")),
+        _convert(source, tmp_path / "to-flash", "flash", master_bits=32)[1],
+        _convert(source, tmp_path / "to-adam", "adam")[1],
     ]
     before, widened, adam = (_contents(folder)[0] for folder in folders)
     keys = {key.removeprefix("optimizer.state.exp_avg.") for key in before if ".exp_avg." in key}
@@ -235,28 +262,36 @@ def test_shifted_masters_are_refused_or_repaired(tmp_path: Path) -> None:
     assert not any((tmp_path / "flash").iterdir()), "nothing is left of a refused conversion"
     result, mended = _convert(source, tmp_path / "flash", "flash", repair=True)
     _, adam = _convert(source, tmp_path / "adam", "adam", repair=True)
-    assert result.report.damaged and any("layers" in name for name in result.report.damaged)
     true_state = joined([state for state, _ in stock])
     saved, _ = _contents(source)
     repaired, _ = _contents(adam)
-    damaged_keys = {name.split("[")[0] for name in result.report.damaged}
-    intact = set()
-    for name, weight in saved.items():
-        if name.startswith("optimizer.state.") or not weight.is_floating_point():
+    shifted, found = set(), {"damaged": 0, "kept": 0}
+    for key, weights in saved.items():
+        if key.startswith("optimizer.state.") or not weights.is_floating_point():
             continue
-        masters = repaired[f"optimizer.state.param.{name}"]
-        assert torch.equal(masters.to(torch.bfloat16), weight), name
-        for kind in ("exp_avg", "exp_avg_sq"):
-            moment = repaired[f"optimizer.state.{kind}.{name}"]
-            for layer in range(len(moment) if "layers" in name else 1):
-                part = moment[layer] if "layers" in name else moment
-                exact = true_state[f"{kind}.{name}"]
-                exact = exact[layer] if "layers" in name else exact
-                assert not part.any() or torch.equal(part, exact), (kind, name)
-        if name not in damaged_keys:
-            intact.add(name)
-            assert torch.equal(masters, true_state[f"master.{name}"]), name
-    assert intact, "some parameters were right and are kept"
+        layers = range(len(weights)) if "layers" in key else (slice(None),)
+        for layer in layers:
+            name = key if isinstance(layer, slice) else f"{key}[{layer}]"
+            weight = weights[layer]
+            master, *moments = (
+                repaired[f"optimizer.state.{kind}.{key}"][layer]
+                for kind in ("param", "exp_avg", "exp_avg_sq")
+            )
+            right, *exact = (
+                true_state[f"{kind}.{key}"][layer] for kind in ("master", "exp_avg", "exp_avg_sq")
+            )
+            assert all(tensor.any() for tensor in exact), "zeros must be those of the repair"
+            if torch.equal(saved[f"optimizer.state.param.{key}"][layer], right):
+                assert torch.equal(master, right), name
+                assert all(map(torch.equal, moments, exact)), name
+                found["kept"] += 1
+                continue
+            shifted.add(name)
+            assert torch.equal(master, weight.float()), name
+            assert not any(moment.any() for moment in moments), name
+            found["damaged"] += 1
+    assert set(result.report.damaged) == shifted
+    assert min(found.values()) > 3, found
     loaded = run_ranks(1, load, mended, **{**options, "overlap": False})
     assert all(0 < loss < 7 for loss in loaded[0]["losses"])
 
@@ -279,7 +314,7 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     refused(adam, "adam", "already.*--repair")
     refused(flash, "flash", "flash_adamw with 24-bit masters and the code sqrt already")
     refused(flash, "adam", "--repair mends", repair=True)
-    refused(flash, "flash", r"master_bits 24, this run has 16", flash=_sixteen_bits())
+    refused(flash, "flash", r"master_bits 24, this run has 16", master_bits=16)
     legacy = tmp_path / "legacy"
     legacy.mkdir()
     refused(legacy, "flash", "no latest_checkpointed_iteration.txt")
@@ -293,10 +328,6 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     file = next(adam.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1000])
     refused(adam, "flash", "damaged: .* of .* bytes")
-
-
-def _sixteen_bits() -> FlashOptimConfig:
-    return FlashOptimConfig(master_bits=16, master_rounding="stochastic")
 
 
 def test_an_interrupted_conversion_goes_on_where_it_was(
@@ -326,7 +357,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
     assert left == [".converting-release"], "no folder that --load would take"
     monkeypatch.setattr(writer, "write_part", lambda *a: (written.append(a[2]), original(*a)))
     with pytest.raises(ValueError, match="unfinished conversion of another"):
-        _convert(source, tmp_path / "flash", "flash", flash=FlashOptimConfig(master_bits=32))
+        _convert(source, tmp_path / "flash", "flash", master_bits=32)
     result, folder = _convert(source, tmp_path / "flash", "flash")
     assert result.resumed == 3 and result.parts > 6
     assert sorted(written) == list(range(result.parts)), "each part was written once"

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from test_convert import _contents, _convert, _described, _save_flash
 
 from megatron_flashoptim import FlashOptimConfig
+from megatron_flashoptim.cli import main
 
 
 def _load_flash(folder: Path, **options: Any) -> Any:
@@ -20,23 +21,36 @@ def _load_flash(folder: Path, **options: Any) -> Any:
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.5  # must come from the checkpoint
     fresh = checkpoints.plain_groups(trainer)
     checkpoints.load(trainer, folder)
     loaded = checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
     return fresh, *loaded, trainer.train(2)
 
 
-def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def lion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lion")
+    run_ranks(1, _save_flash, folder, layers=1, flash=FlashOptimConfig(optimizer="flash_lion"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adam")
+    run_ranks(1, save, folder, FULLY, layers=1)
+    return folder
+
+
+def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(
+    lion: Path, adam: Path, tmp_path: Path
+) -> None:
     """From flash_lion to flash_adamw and from Adam to flash_sgd; nothing is reinterpreted."""
     from checkpoints import joined
 
     from megatron_flashoptim.checkpoint.weights_file import WeightsExport
 
-    lion, adam = tmp_path / "lion", tmp_path / "adam"
-    for folder in (lion, adam):
-        folder.mkdir()
-    run_ranks(1, _save_flash, lion, layers=1, flash=FlashOptimConfig(optimizer="flash_lion"))
-    run_ranks(1, save, adam, FULLY, layers=1)
     with pytest.raises(ValueError, match=r"is of flash_lion, .* not Adam's.*--to weights"):
         _convert(lion, tmp_path / "refused", "adam")
     export = WeightsExport(lion, tmp_path / "weights", torch.float32)
@@ -54,7 +68,9 @@ def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(tmp_path:
     }
     for source, name in ((lion, "flash_adamw"), (adam, "flash_sgd")):
         flash = FlashOptimConfig(optimizer=name, master_bits=32)
-        _, folder = _convert(source, tmp_path / name, "flash", flash=flash, optimizer=name)
+        result, folder = _convert(source, tmp_path / name, "flash", master_bits=32, optimizer=name)
+        said = result.report.text()
+        assert "masters largest" in said and "moments" not in said and "exp_avg" not in said
         assert _described(folder)["optimizer"] == name
         ((fresh, state, groups, losses),) = run_ranks(1, _load_flash, folder, layers=1, flash=flash)
         found = joined([state])
@@ -65,10 +81,10 @@ def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(tmp_path:
             else:
                 assert not tensor.any(), key
         # Hyper-parameters are the run's, the learning rate is the checkpoint's.
-        assert [{**group, "step": 0} for group in groups] == fresh == groups
+        assert groups == [{**group, "lr": 1e-3, "step": 0} for group in fresh]
         assert all(0 < loss < 7 for loss in losses)
     # Of the same rule everything is kept.
-    _, wide = _convert(lion, tmp_path / "wide", "flash", flash=FlashOptimConfig(master_bits=32))
+    _, wide = _convert(lion, tmp_path / "wide", "flash", master_bits=32)
     (before, groups), (after, same) = _contents(lion), _contents(wide)
     assert _described(wide)["optimizer"] == "flash_lion" and "exp_avg_sq_code" not in _described(
         wide
@@ -82,6 +98,56 @@ def test_another_rule_takes_the_masters_and_starts_its_moments_at_zero(tmp_path:
     }
 
 
+def test_the_format_stays_until_another_is_asked_for(
+    adam: Path, lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what the command says of masters is so: kept to the last bit, or rounded."""
+
+    def said(source: Path, folder: str, *options: str) -> str:
+        assert (
+            main(["convert", "--to", "flash", *options, str(source), str(tmp_path / folder)]) == 0
+        )
+        return capsys.readouterr().out
+
+    wide = {"master_bits": 32, "exp_avg_sq_code": "fourth_root"}
+    _, source = _convert(adam, tmp_path / "wide", "flash", **wide)
+    assert "masters are" not in said(source, "l2", "--optimizer", "flash_adam")
+    to_lion = said(source, "lion", "--optimizer", "flash_lion")
+    assert (
+        "masters are kept; the moments and the step number of flash_lion start at zero" in to_lion
+    )
+    before, _ = _contents(source)
+    for name, kept in (("l2", "optimizer.state."), ("lion", "optimizer.state.correction.")):
+        after, _ = _contents(tmp_path / name / "release")
+        keys = [k for k in before if k.startswith(kept) or not k.startswith("optimizer.state.")]
+        assert any(kept in key for key in keys)
+        assert all(torch.equal(before[key], after[key]) for key in keys), name
+    l2 = _described(tmp_path / "l2" / "release")
+    assert l2 == {**_described(source), "optimizer": "flash_adam"}
+    assert _described(tmp_path / "lion" / "release")["master_bits"] == 32
+    # Of Adam and of a rule without a second moment, the defaults of a run.
+    _convert(lion, tmp_path / "of lion", "flash", optimizer="flash_adamw")
+    defaults = _described(tmp_path / "of lion" / "release")
+    assert (defaults["master_bits"], defaults["exp_avg_sq_code"]) == (24, "sqrt")
+    for from_, bits in ((adam, ()), (source, ("--master-bits", "24"))):
+        rounded = said(from_, "new", "--dry-run", "--optimizer", "flash_sgd", *bits)
+        assert "masters are rounded to 24 bits; the moments" in rounded
+
+
+@pytest.mark.parametrize("options", [[], ["--optimizer", "flash_sgd"]])
+def test_a_code_of_a_moment_that_is_not_kept_is_a_wrong_command_line(
+    options: list[str], lion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = ["--exp-avg-sq-code", "fourth_root"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", "--to", "flash", *options, *code, str(lion), str(tmp_path / "new")])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    name = options[-1] if options else "flash_lion"
+    assert f"--exp-avg-sq-code fourth_root is of the second moment, and {name} keeps none" in line
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_rule_of_another_release_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     from megatron_flashoptim.checkpoint import offline
 
@@ -91,3 +157,19 @@ def test_a_rule_of_another_release_is_named(tmp_path: Path, monkeypatch: Any) ->
     monkeypatch.setattr(offline, "RULES", {"flash_lion": ""})
     with pytest.raises(ValueError, match="of the optimizer flash_adamw, which this release does"):
         _convert(source, tmp_path / "new", "adam")
+
+
+def test_what_older_checkpoints_do_not_say_is_shown_as_it_was(
+    adam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_flashoptim.checkpoint import description
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.cli import convert
+
+    folder = open_folder(_convert(adam, tmp_path, "flash")[1])
+    for name in ("optimizer", "master_bits", "exp_avg_sq_code"):
+        del folder.flash[name]
+    convert._print_source(folder)
+    assert "/release: flash_adamw, fully_reshardable" in capsys.readouterr().out
+    shown = description.describe(folder)["optimizer"]
+    assert shown.startswith("flash_adamw, 24-bit masters, sqrt code, ")

@@ -24,6 +24,7 @@ from ranks import run_ranks
 from megatron_flashoptim import FlashOptimConfig
 
 FULL = "--dist-ckpt-optim-fully-reshardable"
+L2 = "--no-decoupled-weight-decay"
 
 
 PLAIN = {"layers": 2, "query_groups": 2}
@@ -93,8 +94,13 @@ def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
         for name, weight in rank["weights"].items():
             if ".experts." not in name:
                 assert torch.equal(weight, by_model_rank[0]["weights"][name]), name
+    assert not any(rank["told"] for rank in flash), "this Adam says nowhere how it decayed"
     (message,) = flash[0]["logged"]
-    assert "parameter ranges" in message and not any(rank["logged"] for rank in flash[1:])
+    assert (
+        "parameter ranges" in message
+        and "(moments: largest is relative" in message
+        and not any(rank["logged"] for rank in flash[1:])
+    )
     pairs = [(wanted[key], exact) for key, exact in exact_state.items() if "master." in key]
     kept, exact = (torch.cat([t.flatten() for t in side]) for side in zip(*pairs, strict=True))
     relative = ((kept - exact) / exact)[exact != 0].abs()
@@ -187,17 +193,21 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def _train(
-    folder: Path, flags: str, steps: int, *, load: bool, save_at: int = 0
-) -> tuple[int, torch.Tensor, list[dict[str, Any]], list[float]]:
+    folder: Path, optimizer: str, flags: str, steps: int, *, load: bool, save_at: int = 0
+) -> tuple[int, torch.Tensor, list[dict[str, Any]], list[float], list[str]]:
     import checkpoints
     import training_checkpoints
     from exact_adamw import use_as_megatrons_adam
 
-    if "--optimizer adam" in flags:
+    if optimizer == "adam":
         use_as_megatrons_adam()
-    flash = None if "--optimizer adam" in flags else FlashOptimConfig()
-    run = training_checkpoints.Run(folder, *flags.split(), flash=flash)
+    flash = None if optimizer == "adam" else FlashOptimConfig(optimizer=optimizer)
+    options = {"decoupled_weight_decay": L2 not in flags}
+    flags = f"--optimizer {optimizer} {flags}"
+    run = training_checkpoints.Run(folder, *flags.split(), flash=flash, optimizer=options)
+    logged = checkpoints.collect_log()
     start = run.load() if load else 0
+    told = [line for line in logged if line.startswith("took over")]
     rng, groups = torch.get_rng_state(), checkpoints.plain_groups(run.trainer)
     losses = []
     for iteration in range(start + 1, start + steps + 1):
@@ -205,16 +215,24 @@ def _train(
         if iteration == save_at:
             torch.manual_seed(99)  # a state that no run starts with
             run.save(iteration)
-    return start, rng, groups, losses
+    return start, rng, groups, losses, told
 
 
-@pytest.mark.parametrize("format_flags", [FULL, ""])
-def test_training_goes_on_where_stock_was(format_flags: str, tmp_path: Path) -> None:
-    """Megatron's own load_checkpoint: iteration, step, schedule and RNG are stock's."""
-    stock_flags = f"{format_flags} --optimizer adam"
-    whole = run_ranks(2, _train, tmp_path, stock_flags, 6, load=False, save_at=3)
-    stock = run_ranks(2, _train, tmp_path, stock_flags, 0, load=True)
-    flash = run_ranks(2, _train, tmp_path, format_flags, 3, load=True)
+@pytest.mark.parametrize(
+    ("format_flags", "decay", "alike", "other"),
+    [(FULL, L2, "flash_adam", "flash_adamw"), ("", "", "flash_adamw", "flash_adam")],
+)
+def test_training_goes_on_where_stock_was(
+    format_flags: str, decay: str, alike: str, other: str, tmp_path: Path
+) -> None:
+    """Megatron's own load_checkpoint: iteration, step, schedule and RNG are stock's.
+
+    And whether Adam decayed by L2 is the saved arguments', as with Transformer Engine's Adam.
+    """
+    stock_flags = f"{format_flags} {decay}"
+    whole = run_ranks(2, _train, tmp_path, "adam", stock_flags, 6, load=False, save_at=3)
+    stock = run_ranks(2, _train, tmp_path, "adam", stock_flags, 0, load=True)
+    flash = run_ranks(2, _train, tmp_path, alike, format_flags, 3, load=True)
     for ours, theirs, all_along in zip(flash, stock, whole, strict=True):
         assert ours[0] == theirs[0] == 3
         assert torch.equal(ours[1], theirs[1])
@@ -222,3 +240,13 @@ def test_training_goes_on_where_stock_was(format_flags: str, tmp_path: Path) -> 
             assert [group[name] for group in ours[2]] == [group[name] for group in theirs[2]]
         assert {group["step"] for group in ours[2]} == {3}
         assert ours[3] == pytest.approx(all_along[3][3:], rel=2e-3)
+        assert not ours[4]
+    otherwise = run_ranks(2, _train, tmp_path, other, format_flags, 0, load=True)
+    (said,) = otherwise[0][4]
+    assert f"which is that of {other}; it was saved with" in said
+    assert f"decoupled_weight_decay={not decay}, and {alike} is what goes on" in said
+    if format_flags == FULL:
+        from megatron_flashoptim.checkpoint.offline import Conversion, Request
+
+        conversion = Conversion(Request(tmp_path, tmp_path / "flash", "flash"))
+        assert conversion.recoding.flash.optimizer == alike

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -92,7 +93,8 @@ def adam_and_flash(corpus: Path) -> tuple[str, str, dict[str, Any]]:
     """Train alike with both; return what each printed, and what flash_adamw holds."""
     report = corpus / "memory.json"
     # Megatron's theoretical figures know no biases, which in this model are 1 % of it.
-    flags = ("--train-iters", "8", "--disable-bias-linear", "--optimizer")
+    shown = ("--logging-level", str(logging.INFO))
+    flags = ("--train-iters", "8", "--disable-bias-linear", *shown, "--optimizer")
     adam = printed(corpus, *flags, "adam")
     asked = ("--report-theoretical-memory", "--memory-report", str(report))
     flash = printed(corpus, *flags, "flash_adamw", *asked)
@@ -102,6 +104,8 @@ def adam_and_flash(corpus: Path) -> tuple[str, str, dict[str, Any]]:
 def test_flash_adamw_follows_adam_in_the_training_loop(
     adam_and_flash: tuple[str, str, dict[str, Any]],
 ) -> None:
+    told = "bytes of state per owned parameter"
+    assert adam_and_flash[1].count(told) == 1 and told not in adam_and_flash[0]
     adam, flash = map(losses, adam_and_flash[:2])
     assert adam.keys() == flash.keys()
     for iteration in adam:
@@ -135,9 +139,10 @@ def test_weights_of_a_stock_checkpoint_load_without_its_optimizer(
     fresh_loss = float(adam[min(adam)][0])
     for optimizer, flags, first in (
         ("flash_adamw", "--finetune", 1),
+        ("flash_adamw", "--no-load-optim --no-load-rng", 5),
         ("flash_lion", "--no-load-optim --no-load-rng", 5),
     ):
-        load = ("--load", str(tmp_path), *flags.split(), "--train-iters", "8")
+        load = ("--load", str(tmp_path), *flags.split(), "--train-iters", "6")
         flash = pretrain(corpus, "--optimizer", optimizer, *load)
         assert min(flash) == first
         assert float(flash[first][0]) < fresh_loss - 0.2, "it must start from the trained weights"
