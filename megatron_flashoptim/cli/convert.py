@@ -189,6 +189,7 @@ def _print_result(conversion: Conversion, result: Result, seconds: float) -> Non
 def _export(options: argparse.Namespace) -> int:
     import torch
 
+    from megatron_flashoptim.checkpoint.offline import bytes_of
     from megatron_flashoptim.checkpoint.weights_file import WeightsExport
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
@@ -203,9 +204,11 @@ def _export(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with Progress() as progress:
         export.run(progress)
+    before, after = bytes_of(export.folder.path), bytes_of(options.destination)
     print(
-        f"{options.destination}: {len(export.tensors)} tensors, {_size(export.bytes_of_result())}, "
-        f"written and verified in {time.monotonic() - started:.1f} s"
+        f"{options.destination}: {len(export.tensors)} tensors, {_size(after)}, from "
+        f"{_size(before)} ({after / before:.2f}), written and verified in "
+        f"{time.monotonic() - started:.1f} s"
     )
     return 0
 

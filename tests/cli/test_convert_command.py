@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -51,11 +52,11 @@ def _check_printed(done: Done) -> None:
         assert re.fullmatch(r"\w+ +\d+%  [\d.]+ M elements/s(, \d+ s left)?", line), line
 
 
-def _check_sizes(printed: str, before: Path, after: Path) -> None:
+def _check_sizes(printed: str, before: Path, after: Path, holds: str = "") -> None:
     """The line of the result has its size and the source's, as they are on disk."""
     sizes = [sum(map(len, _files(folder).values())) for folder in (after, before)]
     said = "{:.2f} MB, from {:.2f} MB".format(*(size / 1e6 for size in sizes))
-    assert f"\n{after}: {said} ({sizes[0] / sizes[1]:.2f}), written" in printed
+    assert f"\n{after}: {holds}{said} ({sizes[0] / sizes[1]:.2f}), written" in printed
 
 
 def test_console_script_converts_and_says_what_it_did(adam: Path, tmp_path: Path) -> None:
@@ -103,8 +104,9 @@ def test_console_script_converts_back_and_to_weights(adam: Path, tmp_path: Path)
     _check_sizes(done.stdout, iteration, tmp_path / "adam" / "iter_0000002")
     done = run_installed("convert", "--to", "weights", str(iteration), str(tmp_path / "weights"))
     _check_printed(done)
-    assert f"\n{tmp_path / 'weights'}: " in done.stdout and " tensors, " in done.stdout
-    assert (tmp_path / "weights" / "model.safetensors.index.json").is_file()
+    index = json.loads((tmp_path / "weights" / "model.safetensors.index.json").read_text())
+    tensors = f"{len(index['weight_map'])} tensors, "
+    _check_sizes(done.stdout, iteration, tmp_path / "weights", tensors)
     assert _files(tmp_path / "flash") == kept
 
 
