@@ -37,7 +37,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_flashoptim.megatron import versions
-from megatron_flashoptim.megatron.live_memory import optimizer_bytes
+from megatron_flashoptim.megatron.memory.live_memory import optimizer_bytes
 
 # What training built, for the memory report.
 _built: list[tuple[Any, Any]] = []

@@ -49,14 +49,14 @@ _args: Any = None
 def start(arguments: Sequence[str], world_size: int) -> None:
     """Prepare a worker process."""
     global _args
-    from megatron_flashoptim.megatron import nominal
+    from megatron_flashoptim.megatron.memory import nominal
 
     _args = nominal.parse(arguments, world_size)
 
 
 def sizes(arguments: Sequence[str], world_size: int) -> tuple[float, list[dict[str, int]]]:
     """Return the stages' sizes under Megatron's and our layout, and what it took to plan them."""
-    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.memory import planner
 
     begin = time.perf_counter()
     run = planner.plan(arguments, world_size)
@@ -65,7 +65,7 @@ def sizes(arguments: Sequence[str], world_size: int) -> tuple[float, list[dict[s
 
 def plan(rank: int) -> Any:
     """Plan a rank of the worker's run."""
-    from megatron_flashoptim.megatron import nominal
+    from megatron_flashoptim.megatron.memory import nominal
 
     return nominal.plan_rank(_args, rank)
 
@@ -82,7 +82,7 @@ def join(plans: Sequence[Any]) -> dict[str, float]:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    from megatron_flashoptim.megatron import nominal
+    from megatron_flashoptim.megatron.memory import nominal
 
     begin = time.perf_counter()
     _, metadata = nominal.save_planner().create_global_plan(list(plans))

@@ -15,7 +15,7 @@ from megatron_flashoptim.optim.footprint import OPTIMIZERS, TABLE_BYTES, flash_s
 from megatron_flashoptim.optim.rules import RULES, Rule, rule_of
 
 if TYPE_CHECKING:
-    from megatron_flashoptim.megatron.planner import RunSize, StageSize
+    from megatron_flashoptim.megatron.memory.planner import RunSize, StageSize
 
 GIB = 2**30
 
@@ -228,8 +228,8 @@ def _planned(options: argparse.Namespace) -> RunSize:
         arguments = expand(options.more)
     except ValueError as problem:
         raise UsageError(str(problem)) from problem
-    from megatron_flashoptim.megatron import planner
-    from megatron_flashoptim.megatron.planned_args import ArgumentsError
+    from megatron_flashoptim.megatron.memory import planner
+    from megatron_flashoptim.megatron.memory.planned_args import ArgumentsError
 
     if options.optimizer is not None:  # Megatron's own flag
         arguments += ["--optimizer", options.optimizer]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_flashoptim.codec import spec
-from megatron_flashoptim.megatron.release_support import refusal as release_refusal
+from megatron_flashoptim.megatron.release.support import refusal as release_refusal
 from megatron_flashoptim.megatron.support import early_gather_refusal, first_refusal
 from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig, fields_refusal
 from megatron_flashoptim.optim.rules import RULES

@@ -20,8 +20,8 @@ from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.bucket_clipping import BucketClipping
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.early_gather import EarlyGather
-from megatron_flashoptim.megatron.gradient_release import GradientRelease
-from megatron_flashoptim.megatron.release_support import check_release
+from megatron_flashoptim.megatron.release.gradient_release import GradientRelease
+from megatron_flashoptim.megatron.release.support import check_release
 
 logger = logging.getLogger(__name__)
 

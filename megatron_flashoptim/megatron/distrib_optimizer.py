@@ -29,7 +29,7 @@ from megatron_flashoptim.megatron.layout import (
     group_aligned_buffers,
 )
 from megatron_flashoptim.megatron.params_norm import Master, remember
-from megatron_flashoptim.megatron.released_buffers import check_buffer, released_buffers
+from megatron_flashoptim.megatron.release.buffers import check_buffer, released_buffers
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
 from megatron_flashoptim.optim.segments import Segment, SegmentTable

@@ -13,7 +13,7 @@ from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
-from megatron_flashoptim.megatron.release_support import check_release
+from megatron_flashoptim.megatron.release.support import check_release
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import FlashOptimConfig
 

@@ -139,7 +139,7 @@ def weight_and_optimizer_bytes(
         args: Megatron's arguments, validated, with a flash optimizer.
         verbose: let Megatron print the numbers of parameters.
     """
-    from megatron_flashoptim.megatron import theoretical_memory
+    from megatron_flashoptim.megatron.memory import theoretical_memory
 
     flash = config_from_args(args)
     assert flash is not None

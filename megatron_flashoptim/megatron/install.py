@@ -96,7 +96,9 @@ def _wrap_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
 
             built = factory.get_megatron_optimizer(*args, flash=flash, **kwargs)
         if getattr(global_vars._GLOBAL_ARGS, "report_theoretical_memory", False):
-            from megatron_flashoptim.megatron.theoretical_memory import report_before_training
+            from megatron_flashoptim.megatron.memory.theoretical_memory import (
+                report_before_training,
+            )
 
             report_before_training(global_vars._GLOBAL_ARGS)
         return built
@@ -124,7 +126,7 @@ def wrap_layout(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_buffer(original: Callable[..., Any]) -> Callable[..., Any]:
-    from megatron_flashoptim.megatron.released_buffers import wrap_buffer_init
+    from megatron_flashoptim.megatron.release.buffers import wrap_buffer_init
 
     def applies() -> bool:
         flash = selected()
@@ -170,7 +172,9 @@ def _wrap_theoretical_memory(original: Callable[..., Any]) -> Callable[..., Any]
         flash = config_from_args(args)
         if flash is None:
             return original(args, verbose=verbose)
-        from megatron_flashoptim.megatron.theoretical_memory import weight_and_optimizer_bytes
+        from megatron_flashoptim.megatron.memory.theoretical_memory import (
+            weight_and_optimizer_bytes,
+        )
 
         return weight_and_optimizer_bytes(original, args, flash, verbose)
 

@@ -33,7 +33,7 @@ INTERNAL_FILES = (
     "megatron_flashoptim/optim/segments.py",
     "megatron_flashoptim/optim/shard.py",
     "megatron_flashoptim/checkpoint/torch_file.py",
-    "megatron_flashoptim/megatron/nominal.py",
+    "megatron_flashoptim/megatron/memory/nominal.py",
 )
 INTERNAL = {
     "module … has no attribute …": "Python's own message for a name that is not there",

@@ -95,7 +95,7 @@ def _built_on_8_ranks(optimizer: str) -> tuple[list[int], str, float]:
     from megatron.training import global_vars, theoretical_memory_usage, training
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.memory import planner
 
     args = _parse("--optimizer", optimizer, *EIGHT_RANKS)
     global_vars._GLOBAL_ARGS = args

@@ -39,7 +39,7 @@ def _in_fork(body: Any, *args: Any) -> Any:
 
 def _plan(file: Path, gpus: int) -> tuple[str, int]:
     from megatron_flashoptim.cli.memory import render_run
-    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.memory import planner
 
     size = planner.plan(expand([f"@{file}"]), gpus)
     return render_run(size), max(stage.parameters for stage in size.stages)
@@ -67,7 +67,7 @@ def test_megatron_takes_the_file_and_the_figures_are_the_planners(file: Path) ->
 
 
 def _parse(file: Path) -> tuple[str, int]:
-    from megatron_flashoptim.megatron import planned_args, planner
+    from megatron_flashoptim.megatron.memory import planned_args, planner
 
     with planner.prepared():
         args = planned_args.parse([*read_arguments(file), *ADDED], GPUS[file.stem])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_flashoptim.megatron.address_range import chunk_bytes_of, memory_of, reserve
-from megatron_flashoptim.megatron.grad_pool import GradPool, Region
+from megatron_flashoptim.megatron.release.address_range import chunk_bytes_of, memory_of, reserve
+from megatron_flashoptim.megatron.release.grad_pool import GradPool, Region
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK = chunk_bytes_of(DEVICE)

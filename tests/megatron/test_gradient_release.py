@@ -90,7 +90,7 @@ def _watched(release: Any) -> dict[str, list[int]]:
     """Poison what is stepped; note what was open, and stepped when the backward pass had ended."""
     import torch
 
-    from megatron_flashoptim.megatron.gradient_release import State
+    from megatron_flashoptim.megatron.release.gradient_release import State
 
     seen: dict[str, list[int]] = {"open": [], "stepped by then": []}
     step, open_, finish = release._step, release._open, release._finish_reduce

@@ -106,7 +106,7 @@ def test_plans_of_all_ranks_cover_every_tensor_once(run: dict[str, Any]) -> None
 
 
 def _devices() -> set[str]:
-    from megatron_flashoptim.megatron import planned_args, planner
+    from megatron_flashoptim.megatron.memory import planned_args, planner
 
     with planner.prepared():
         args = planned_args.parse(MODEL, GPUS)

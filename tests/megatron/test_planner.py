@@ -43,7 +43,7 @@ def _live(stock: bool, options: dict[str, Any]) -> tuple[int, int, int]:
     """Train a step; return bytes of weights, gradients and optimizer on this rank."""
     import tiny_gpt
 
-    from megatron_flashoptim.megatron.live_memory import optimizer_bytes
+    from megatron_flashoptim.megatron.memory.live_memory import optimizer_bytes
 
     if stock:
         from exact_adamw import use_as_megatrons_adam
@@ -98,7 +98,7 @@ def _live_pool() -> tuple[int, int]:
     import tiny_gpt
 
     from megatron_flashoptim import FlashOptimConfig
-    from megatron_flashoptim.megatron.live_memory import optimizer_bytes
+    from megatron_flashoptim.megatron.memory.live_memory import optimizer_bytes
 
     setup = tiny_gpt.Setup(
         flash=FlashOptimConfig(gradient_release=True),
@@ -203,7 +203,7 @@ COUNTED: dict[str, tuple[str, int, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("case", COUNTED)
 def test_parameters_are_those_counted_by_hand(case: str) -> None:
-    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.memory import planner
 
     flags, ranks, expected = COUNTED[case]
     # A fork: the planner changes Megatron's global state.
@@ -219,7 +219,7 @@ def _largest_buckets(arguments: list[str], ranks: int) -> tuple[int, int]:
     """Return the largest bucket of stage 0 as planned, and as Megatron's training loop makes it."""
     from megatron.training import global_vars, training
 
-    from megatron_flashoptim.megatron import nominal, planner
+    from megatron_flashoptim.megatron.memory import nominal, planner
 
     planned = planner.plan(arguments, ranks).stages[0].flash_bucket
     args = nominal.parse(arguments, ranks)
@@ -249,7 +249,7 @@ def test_the_largest_bucket_is_the_one_that_megatron_makes(flags: str, ranks: in
 
 
 def test_the_simulation_of_a_rank_refuses_released_gradients() -> None:
-    from megatron_flashoptim.megatron import nominal, planned_args
+    from megatron_flashoptim.megatron.memory import nominal, planned_args
 
     flags = "--flash-gradient-release --overlap-grad-reduce --clip-grad 0 --rerun-mode disabled"
     with (
@@ -268,7 +268,7 @@ def test_the_simulation_of_a_rank_refuses_released_gradients() -> None:
     ],
 )
 def test_models_that_are_not_gpt_are_refused(flags: str, message: str) -> None:
-    from megatron_flashoptim.megatron import planned_args, planner
+    from megatron_flashoptim.megatron.memory import planned_args, planner
 
     with (
         multiprocessing.get_context("fork").Pool(1) as pool,

@@ -76,7 +76,7 @@ def saved(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def _forked(name: str, *args: Any) -> Any:
     """Call a function of the planner in a fork: it changes Megatron's global state."""
-    from megatron_flashoptim.megatron import planner
+    from megatron_flashoptim.megatron.memory import planner
 
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(getattr(planner, name), args)

@@ -91,7 +91,7 @@ def _ordered() -> dict[str, Any]:
     """Train with 2 slots; return which of the needed orders were seen, and how often."""
     import checkpoints
 
-    from megatron_flashoptim.megatron.gradient_release import GradientRelease
+    from megatron_flashoptim.megatron.release.gradient_release import GradientRelease
     from megatron_flashoptim.optim import FlashOptimizer
 
     current = _use_clocks()

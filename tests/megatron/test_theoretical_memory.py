@@ -70,7 +70,7 @@ def _figures(cases: dict[str, tuple[str, int]]) -> dict[str, tuple[float, float]
     from megatron.training import theoretical_memory_usage
 
     import megatron_flashoptim
-    from megatron_flashoptim.megatron import planned_args
+    from megatron_flashoptim.megatron.memory import planned_args
 
     megatron_flashoptim.install()
     bound: Any = theoretical_memory_usage.compute_weight_and_optimizer_memory

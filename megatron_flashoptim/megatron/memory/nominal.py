@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_flashoptim.megatron import planned_args, planner
+from megatron_flashoptim.megatron.memory import planned_args, planner
 
 
 @dataclass(frozen=True)

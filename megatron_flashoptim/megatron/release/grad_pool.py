@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_flashoptim.megatron.address_range import AddressRange, Memory
+from megatron_flashoptim.megatron.release.address_range import AddressRange, Memory
 
 logger = logging.getLogger(__name__)
 

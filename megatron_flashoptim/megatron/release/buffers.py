@@ -2,8 +2,9 @@
 
 Megatron's ``_ParamAndGradBuffer`` allocates the gradients of all its buckets and makes every
 ``param.main_grad`` and ``bucket.grad_data`` a view of them. Here these are views of a reserved
-address range instead, and ``megatron.gradient_release`` puts memory behind a bucket while it is
-filled and stepped. The layout, and so the optimizer state and its checkpoints, is Megatron's.
+address range instead, and ``megatron.release.gradient_release`` puts memory behind a bucket while
+it is filled and stepped. The layout, and so the optimizer state and its checkpoints, is
+Megatron's.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_flashoptim.megatron import versions
-from megatron_flashoptim.megatron.address_range import chunk_bytes_of, reserve
-from megatron_flashoptim.megatron.grad_pool import Region
+from megatron_flashoptim.megatron.release.address_range import chunk_bytes_of, reserve
+from megatron_flashoptim.megatron.release.grad_pool import Region
 
 # What is overridden or called; another release's name would be ignored silently.
 _NEEDED = ("_get", "offload_to_cpu", "reload_from_cpu", "reset", "scale_gradients")

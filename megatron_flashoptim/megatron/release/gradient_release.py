@@ -28,10 +28,10 @@ import torch
 from megatron.core.utils import log_single_rank
 
 from megatron_flashoptim.megatron import versions
-from megatron_flashoptim.megatron.address_range import memory_of
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
-from megatron_flashoptim.megatron.fused_wgrad import announce_gradients
-from megatron_flashoptim.megatron.grad_pool import GradPool, Region
+from megatron_flashoptim.megatron.release.address_range import memory_of
+from megatron_flashoptim.megatron.release.fused_wgrad import announce_gradients
+from megatron_flashoptim.megatron.release.grad_pool import GradPool, Region
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ import torch
 
 from megatron_flashoptim.checkpoint.iterations import iteration_folder
 from megatron_flashoptim.checkpoint.saved_args import read_saved_args
-from megatron_flashoptim.megatron import planned_args
 from megatron_flashoptim.megatron.arguments import FIELD
-from megatron_flashoptim.megatron.planned_args import ArgumentsError
-from megatron_flashoptim.megatron.theoretical_memory import bucket_size
+from megatron_flashoptim.megatron.memory import planned_args
+from megatron_flashoptim.megatron.memory.planned_args import ArgumentsError
+from megatron_flashoptim.megatron.memory.theoretical_memory import bucket_size
 from megatron_flashoptim.optim.config import FlashOptimConfig
 
 

@@ -1,0 +1,1 @@
+"""Bytes on a rank: planned from Megatron's arguments, in Megatron's own report, and live."""
