@@ -156,11 +156,12 @@ _WORKER = """
 import signal, sys, time
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-print("worker ready", flush=True)
+# In one piece: torchrun starts workers with -u, and print would write the line's end apart.
+sys.stdout.write("worker ready\\n")
 while not stopped:
     time.sleep(0.05)
 time.sleep(1)  # what a save takes
-print("worker saved", flush=True)
+sys.stdout.write("worker saved\\n")
 """
 
 
@@ -189,8 +190,8 @@ def _until_two(lines: Iterator[str], text: str) -> Iterator[str]:
     seen = 0
     for line in lines:
         yield line
-        seen += text in line
-        if seen == 2:
+        seen += line.count(text)
+        if seen >= 2:
             return
 
 
