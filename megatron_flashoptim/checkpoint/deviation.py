@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -113,12 +114,32 @@ class Report:
         return text
 
 
+def check_dtypes(dtypes: Iterable[str], folder: object) -> None:
+    """Refuse weights that no flash optimizer takes, whatever their state.
+
+    Args:
+        dtypes: of the weights that have optimizer state, as ``"torch.bfloat16"``.
+        folder: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: names the dtype and what to do.
+    """
+    others = sorted(set(dtypes) - {str(torch.bfloat16), str(torch.float32)})
+    if others:
+        raise ValueError(
+            f"the weights in {folder} are {others[0].removeprefix('torch.')}: flash optimizers "
+            "take bf16 or fp32. Have Megatron's Adam load it with --bf16, train a step and save, "
+            "and take that; or load the weights alone with --no-load-optim --no-load-rng, or "
+            "--finetune; `megatron-flashoptim convert --to weights` takes the fp32 masters"
+        )
+
+
 def belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the weights are the masters, rounded to nearest, ties to even or away.
 
     Args:
         master: flat fp32, in host memory.
-        weight: flat bf16 or fp32, of the same length.
+        weight: flat, of the same length and the model's dtype.
     """
     for start in range(0, master.numel(), AT_ONCE):
         exact = master[start : start + AT_ONCE]
@@ -129,7 +150,7 @@ def belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:
         else:
             # Transformer Engine's int16 remainders round ties away from zero.
             away, _ = split_master(exact, bits=32)
-            same |= (exact.to(torch.bfloat16) == rounded) | (away == rounded)
+            same |= (exact.to(rounded.dtype) == rounded) | (away == rounded)
         if not same.all():
             return False
     return True

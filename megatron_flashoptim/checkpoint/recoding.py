@@ -97,6 +97,11 @@ class Recoding:
                 f"{folder.path} has optimizer state of the sharding type {folder.sharding_type!r}, "
                 "which is not converted. Save it with --dist-ckpt-optim-fully-reshardable"
             )
+        tensors = folder.reader.tensors()
+        having_state = folder.state().keys() & tensors.keys()
+        deviation.check_dtypes(
+            (str(tensors[key].properties.dtype) for key in having_state), folder.path
+        )
         if folder.optimizer == FLASH:
             self._check_flash(repair)
             return

@@ -12,6 +12,7 @@ the weight would move the master instead, the one of the two that carries the tr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,9 @@ from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import BucketShard
 
+# What stock has in the keys of buckets: dtypes of weights and of gradients.
+_DTYPE_IN_KEY = re.compile(r"\.dtype_\((torch\.\w+),")
+
 
 @dataclass(frozen=True)
 class StockPart:
@@ -46,6 +50,7 @@ class StockPart:
         place: the box's place in the flat tensor of a ``StockRange``.
         allow_shape_mismatch: the tensor may have another size, such as a padded vocabulary.
         hint: what to do where it must not.
+        weight: key of the model weight, "" in buckets, whose own keys say its dtype.
     """
 
     key: str
@@ -54,6 +59,7 @@ class StockPart:
     place: Callable[[torch.Tensor], torch.Tensor]
     allow_shape_mismatch: bool = False
     hint: str = ""
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class StockLoading:
             return report
         try:
             reader = CheckpointReader(self.folder)
+            deviation.check_dtypes(_dtypes_of_weights(self.ranges, reader), self.folder)
             for owned in self.ranges:
                 _convert_range(owned, reader, report)
         except (ValueError, OSError) as problem:
@@ -167,6 +174,7 @@ def _model_parts(owned: OwnedRange) -> Iterator[StockPart]:
                     leading=piece.prepended,
                 ),
                 allow_shape_mismatch=piece.allow_shape_mismatch,
+                weight=piece.key,
             )
 
 
@@ -201,6 +209,19 @@ def ranges_of_buckets(
 
 def _whole(flat: torch.Tensor) -> torch.Tensor:
     return flat
+
+
+def _dtypes_of_weights(ranges: Iterable[StockRange], reader: CheckpointReader) -> Iterator[str]:
+    """Yield the dtype that each range's weights have in the checkpoint."""
+    tensors = reader.tensors()
+    for owned in ranges:
+        for part in owned.parts:
+            if part.weight in tensors:
+                yield str(tensors[part.weight].properties.dtype)
+            elif not part.weight:
+                key = reader.find(part.key.replace("{kind}", owned.master))
+                if named := _DTYPE_IN_KEY.search(key):
+                    yield named[1]
 
 
 @torch.no_grad()
