@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,11 +83,9 @@ class Report:
         if self.problem is not None:
             raise ValueError(self.problem)
         if self.damaged:
-            more = len(self.damaged) - _MAX_NAMED
-            named = ", ".join(self.damaged[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
             raise ValueError(
                 f"the Adam state in the checkpoint does not belong to its weights: the fp32 master "
-                f"rounded to bf16 is not the weight in {len(self.damaged)} parameters ({named}). "
+                f"rounded to bf16 is not the weight in {named(self.damaged)}. "
                 "Megatron's fully_reshardable save shifts masters and moments where buckets end in "
                 "padding (--overlap-grad-reduce). The weights are right: `megatron-flashoptim "
                 "convert --to flash --repair` makes masters of them and drops the moments of these "
@@ -112,6 +110,13 @@ class Report:
         if any(self.deviations[moment].total for moment in (EXP_AVG, EXP_AVG_SQ)):
             text += " (moments: largest is relative to the largest of each 32 elements)"
         return text
+
+
+def named(parameters: Sequence[str]) -> str:
+    """Return how many parameters there are, and the names of the first."""
+    more = len(parameters) - _MAX_NAMED
+    names = ", ".join(parameters[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"{len(parameters)} parameters ({names})"
 
 
 def check_dtypes(dtypes: Iterable[str], folder: object) -> None:

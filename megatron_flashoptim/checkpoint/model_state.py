@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_flashoptim.checkpoint import deviation
 from megatron_flashoptim.checkpoint.boxes import Box, boxes_of_range, view_of_box
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_elements
 from megatron_flashoptim.checkpoint.folder import FLASH, MASTER, OLDER_MASTER, CheckpointFolder
@@ -147,6 +148,17 @@ class ModelState:
             dtype = self._reader.tensors()[key].properties.dtype
             return join_master(weight, self._read(span, key, dtype))
         return self._read_fp32(span, OLDER_MASTER if self._older else MASTER)
+
+    def belongs(self, chunk: Chunk, most: int) -> bool:
+        """Return whether a chunk's masters are those of its weights.
+
+        Args:
+            chunk: with optimizer state.
+            most: elements to read at once, a multiple of 32.
+        """
+        return all(
+            deviation.belongs(self.master(span), self.weight(span)) for span in chunk.cut(most)
+        )
 
     def moment(self, span: Span, kind: str) -> torch.Tensor:
         """Return a moment, ``"exp_avg"`` or ``"exp_avg_sq"``, flat fp32.

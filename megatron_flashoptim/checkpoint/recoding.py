@@ -198,10 +198,7 @@ class Recoding:
 
     def belongs(self, chunk: Chunk) -> bool:
         """Return whether a chunk's masters are those of its weights."""
-        return all(
-            deviation.belongs(self.state.master(span), self.state.weight(span))
-            for span in chunk.cut(SPAN)
-        )
+        return self.state.belongs(chunk, SPAN)
 
     def boxes(self, span: Span) -> list[NewBox]:
         """Return the boxes that a span becomes, in the order of ``produce``."""

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
-from megatron_flashoptim.checkpoint.folder import WEIGHTS, CheckpointFolder, open_folder
+from megatron_flashoptim.checkpoint.deviation import named
+from megatron_flashoptim.checkpoint.folder import ADAM, WEIGHTS, CheckpointFolder, open_folder
 from megatron_flashoptim.checkpoint.model_state import ModelState, Span
 from megatron_flashoptim.checkpoint.recoding import SPAN
 from megatron_flashoptim.checkpoint.writer import content_hash
@@ -138,11 +139,13 @@ class WeightsExport:
         """Write all files beside the destination, read them back, and move them into place.
 
         Raises:
-            ValueError: too little disk space, or a file that reads otherwise than written.
+            ValueError: masters that are not those of the weights, too little disk space, or a file
+                that reads otherwise than written.
             ImportError: the safetensors package is missing.
         """
         import safetensors  # noqa: F401  (for its ImportError, before hours of work, not after)
 
+        self._check_masters(progress)
         work = self.destination.with_name(f".converting-{self.destination.name}")
         if work.exists():
             shutil.rmtree(work)
@@ -159,6 +162,30 @@ class WeightsExport:
         if self.destination.exists():
             self.destination.rmdir()
         work.rename(self.destination)
+
+    def _check_masters(self, progress: Callable[[str, int, int], None]) -> None:
+        """Refuse to take masters that are not those of the weights.
+
+        Raises:
+            ValueError: names the parameters.
+        """
+        if self._dtype != torch.float32 or self.folder.optimizer != ADAM:
+            return
+        chunks = [chunk for key in self.folder.state() for chunk in self._state.chunks(key)]
+        total = sum(chunk.box.numel() for chunk in chunks)
+        done, damaged = 0, []
+        for chunk in chunks:
+            if not self._state.belongs(chunk, SPAN):
+                damaged.append(chunk.name)
+            done += chunk.box.numel()
+            progress("checking", done, total)
+        if damaged:
+            raise ValueError(
+                f"the masters in {self.folder.path} do not belong to its weights: rounded to their "
+                f"dtype they are not the weights in {named(damaged)}. The weights are right, and "
+                "--dtype bf16 takes them; or `megatron-flashoptim convert --to adam --repair` "
+                "makes masters of these weights and keeps all others, and --to weights takes those"
+            )
 
     def _write(self, work: Path, progress: Callable[[str, int, int], None]) -> list[_Written]:
         for name, header in self._headers.items():

@@ -294,6 +294,30 @@ def test_shifted_masters_are_refused_or_repaired(tmp_path: Path) -> None:
     assert min(found.values()) > 3, found
     loaded = run_ranks(1, load, mended, **{**options, "overlap": False})
     assert all(0 < loss < 7 for loss in loaded[0]["losses"])
+    _assert_no_weights_of_shifted_masters(source, adam, shifted, tmp_path / "weights")
+
+
+def _assert_no_weights_of_shifted_masters(
+    source: Path, adam: Path, shifted: set[str], weights: Path
+) -> None:
+    """They are refused by name; the repaired checkpoint's masters and any bf16 are exported."""
+    from safetensors.torch import load_file
+
+    from megatron_flashoptim.checkpoint.weights_file import WeightsExport
+
+    with pytest.raises(ValueError, match=r"--dtype bf16 takes them; .*--repair") as refused:
+        WeightsExport(source, weights, torch.float32).run(lambda *_: None)
+    assert f"not the weights in {len(shifted)} parameters (" in str(refused.value)
+    assert not list(weights.parent.glob("*weights*")), "nothing is left of a refused export"
+    for folder, dtype in ((adam, torch.float32), (source, torch.bfloat16)):
+        WeightsExport(folder, weights, dtype).run(lambda *_: None)
+        (file,) = weights.glob("*.safetensors")
+        tensors, written = _contents(folder)[0], load_file(file)
+        assert len(written) > 8
+        for key, found in written.items():
+            wanted = tensors[key if dtype == torch.bfloat16 else f"optimizer.state.param.{key}"]
+            assert found.dtype == dtype and torch.equal(found, wanted), key
+        shutil.rmtree(weights)
 
 
 def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
