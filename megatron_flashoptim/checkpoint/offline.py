@@ -178,7 +178,8 @@ class Conversion:
             records = [self._record(number) for number in range(len(self.parts))]
             finished = [record for record in records if record is not None]
             assert len(finished) == len(records)
-            self._finish_folder(finished)
+            with writer.writing(self._new):
+                self._finish_folder(finished)
             self._verify(pool, progress)
         report = Report()
         for record in finished:

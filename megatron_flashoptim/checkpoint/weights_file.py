@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -157,8 +158,16 @@ class WeightsExport:
                 f"{self.destination} has {free / 1e9:.1f} GB free, the result needs "
                 f"{self.bytes_of_result() / 1e9:.1f} GB"
             )
-        _verify(work, self._write(work, progress), progress)
-        self._write_index(work)
+        try:
+            written = self._write(work, progress)
+            self._write_index(work)
+        except OSError as problem:
+            shutil.rmtree(work)
+            raise ValueError(
+                f"{self.destination} cannot be written ({problem}); make room, or mend what that "
+                "says, and run the same command again"
+            ) from problem
+        _verify(work, written, progress)
         if self.destination.exists():
             self.destination.rmdir()
         work.rename(self.destination)
@@ -191,7 +200,11 @@ class WeightsExport:
         for name, header in self._headers.items():
             with open(work / name, "wb") as file:
                 file.write(header)
-                file.truncate(max(t.start + _bytes(t) for t in self.tensors if t.file == name))
+                file.flush()
+                # Not truncate, which reserves no room: filling a mapped file on a full disk is
+                # SIGBUS.
+                end = max(t.start + _bytes(t) for t in self.tensors if t.file == name)
+                os.posix_fallocate(file.fileno(), 0, max(end, len(header)))
         written = []
         done = 0
         for tensor in self.tensors:

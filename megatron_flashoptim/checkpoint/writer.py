@@ -7,12 +7,13 @@ finished part there is a record of what torch must know of it and of the hashes 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,16 @@ class _Producer(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         self._produce = produce
         self.hashes: dict[MetadataIndex, int] = {}
+        self.problem: Exception | None = None
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return a tensor, or a byte string as a file."""
-        value = self._produce(write_item.index)
-        self.hashes[write_item.index] = content_hash(value)
+        try:
+            value = self._produce(write_item.index)
+            self.hashes[write_item.index] = content_hash(value)
+        except Exception as problem:
+            self.problem = problem  # of what is to be written, not of writing
+            raise
         return io.BytesIO(value) if isinstance(value, bytes) else value
 
 
@@ -158,18 +164,51 @@ def write_part(
         produce: returns the contents of an item; called once for each, in the plan's order but
             for byte strings, which come first.
         report: kept in the record; may change until the last item is produced.
+
+    Raises:
+        ValueError: the folder cannot be written.
     """
     producer = _Producer(produce)
     writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
-    results = writer.write_data(plan, producer).wait()
-    record = Record(results, producer.hashes, report)
     path = records / _RECORD.format(number)
     unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        pickle.dump(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
+    try:
+        with writing(folder):
+            results = writer.write_data(plan, producer).wait()
+            with open(unfinished, "wb") as file:
+                pickle.dump(Record(results, producer.hashes, report), file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+    except ValueError:
+        if producer.problem is not None:
+            raise producer.problem from None
+        raise
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say which folder could not be written, and that nothing is lost.
+
+    Raises:
+        ValueError: instead of any ``OSError``, most of which name no file, and of the
+            ``RuntimeError`` of torch's archives, which cannot be ended then.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:
+        raise ValueError(
+            f"{folder} cannot be written ({_cause(problem)}); make room, or mend what that says, "
+            "and run the same command again: it goes on where it was"
+        ) from problem
+
+
+def _cause(problem: BaseException) -> str:
+    """Return what the operating system said, or else the exception."""
+    found: BaseException | None = problem
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return str(found or problem)
 
 
 def read_record(records: Path, number: int) -> Record | None:
@@ -184,9 +223,14 @@ def read_record(records: Path, number: int) -> Record | None:
 
 
 def write_metadata(folder: Path, layout: Layout, records: Sequence[Record]) -> None:
-    """Write torch's ``.metadata`` of a folder whose parts are all written."""
+    """Write torch's ``.metadata`` of a folder whose parts are all written.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
     writer = FileSystemWriter(folder, sync_files=True)
-    writer.finish(layout.metadata, [record.results for record in records])
+    with writing(folder):
+        writer.finish(layout.metadata, [record.results for record in records])
 
 
 def verify_part(reader: CheckpointReader, record: Record) -> None:

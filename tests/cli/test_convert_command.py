@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,55 @@ def test_a_killed_conversion_goes_on_where_it_was(
     for field in ("state_dict_metadata", "storage_data"):  # a name at random is beside them
         assert getattr(described[0], field) == getattr(described[1], field)
     assert _files(adam) == kept
+
+
+def _limit_files(size: int) -> None:
+    """Let no file of this process grow beyond so many bytes, as a full disk would."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+
+
+def test_what_cannot_be_written_is_one_line_and_goes_on(
+    adam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part, then torch's .metadata, then a file of weights."""
+    from megatron_flashoptim.checkpoint import offline, weights_file, writer
+
+    def limited(module: Any, name: str, size: int, *arguments: str) -> str:
+        """Run a command whose fork has a limit from a function's second call on, or its only."""
+        original, calls = getattr(module, name), []
+
+        def limits(*given: Any) -> Any:
+            calls.append(name)
+            if len(calls) == 2 or name != "write_part":
+                _limit_files(size)
+            return original(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, limits)
+            done = run("convert", *arguments)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr and " ([Errno 27] File too large" in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    monkeypatch.setattr(offline, "_PART", 1 << 13)
+    command = ("--to", "flash", str(adam), str(tmp_path / "flash"))
+    work = tmp_path / "flash" / ".converting-iter_0000002"
+    for name in ("write_part", "write_metadata"):
+        said = limited(writer, name, 20_000, *command)
+        assert f"error: {work / 'checkpoint'} cannot be written" in said
+        assert said.endswith("run the same command again: it goes on where it was")
+        assert name == "write_metadata" or len(list((work / "records").iterdir())) == 1
+    done = run("convert", *command)
+    assert done.returncode == 0, done.stderr
+    parts = re.search(r"^(\d+) of (\d+) parts were there from", done.stdout, re.MULTILINE)
+    assert parts and int(parts[1]) == int(parts[2]) > 3
+    weights = tmp_path / "weights"
+    said = limited(
+        weights_file.WeightsExport, "run", 20_000, "--to", "weights", str(adam), str(weights)
+    )
+    assert f"error: {weights} cannot be written" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["flash"], "nothing is left of weights"
 
 
 @pytest.mark.parametrize(

@@ -443,6 +443,14 @@ def test_weights_are_joined_masters_or_the_models_own(
     run_ranks(2, _save_flash, source, tp=2, **DENSE)
     _, adam = _convert(source, tmp_path / "adam", "adam")
     monkeypatch.setattr(weights_file, "_FILE_BYTES", 100_000)
+    original = weights_file._write_box
+
+    def reserved(path: Path, *more: Any) -> None:
+        size = path.stat()
+        assert 512 * size.st_blocks >= size.st_size, "a full disk would be SIGBUS"
+        original(path, *more)
+
+    monkeypatch.setattr(weights_file, "_write_box", reserved)
     shown: list[tuple[str, int, int]] = []
     export = weights_file.WeightsExport(source, tmp_path / "weights", dtype)
     export.run(lambda *state: shown.append(state))
