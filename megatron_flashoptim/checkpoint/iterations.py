@@ -69,3 +69,21 @@ def number_of(folder: Path) -> int | None:
     """Return the iteration that a folder is named after, or None."""
     match = _ITERATION.fullmatch(folder.name)
     return int(match[1]) if match else None
+
+
+def check_destination(destination: Path, source: Path) -> None:
+    """Refuse to write into what is read.
+
+    Args:
+        destination: folder to be written, which need not be there.
+        source: folder of an iteration.
+
+    Raises:
+        ValueError: names both.
+    """
+    inner, outer = destination.resolve(), source.resolve()
+    if inner.is_relative_to(outer):
+        raise ValueError(
+            f"{destination} {'is' if inner == outer else 'lies within'} the source {source}, which "
+            "is only read; give another folder"
+        )

@@ -21,7 +21,7 @@ from megatron_flashoptim.checkpoint import common_state, metadata, param_groups,
 from megatron_flashoptim.checkpoint.damage import check_files
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder, open_folder
-from megatron_flashoptim.checkpoint.iterations import TRACKER
+from megatron_flashoptim.checkpoint.iterations import TRACKER, check_destination
 from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox
@@ -104,6 +104,7 @@ class Conversion:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.folder = open_folder(request.source, request.iteration)
+        check_destination(request.destination, self.folder.path)
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
         self.final = request.destination / self.folder.name

@@ -21,6 +21,7 @@ import torch
 from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
 from megatron_flashoptim.checkpoint.deviation import named
 from megatron_flashoptim.checkpoint.folder import ADAM, WEIGHTS, CheckpointFolder, open_folder
+from megatron_flashoptim.checkpoint.iterations import check_destination
 from megatron_flashoptim.checkpoint.model_state import ModelState, Span
 from megatron_flashoptim.checkpoint.recoding import SPAN
 from megatron_flashoptim.checkpoint.writer import content_hash
@@ -40,6 +41,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 INDEX = "model.safetensors.index.json"
+_WORK = ".converting"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class WeightsExport:
         self, source: Path, destination: Path, dtype: torch.dtype, iteration: int | None = None
     ) -> None:
         self.folder: CheckpointFolder = open_folder(source, iteration)
-        self.destination = destination
+        check_destination(destination, self.folder.path)
+        self.destination = destination = destination.resolve()  # "." has no name
         self._dtype = dtype
         self._state = ModelState(self.folder)
         if dtype == torch.float32 and not self.folder.state():
@@ -96,7 +99,7 @@ class WeightsExport:
                 "the same layout knows which master is whose"
             )
             raise ValueError(f"{self.folder.path} {what}: give --dtype bf16 for the model weights")
-        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        if destination.exists() and not _is_empty_folder(destination):
             raise ValueError(f"{destination} is there already; remove it, or give another folder")
         self.tensors = self._placed()
 
@@ -137,7 +140,7 @@ class WeightsExport:
 
     @torch.no_grad()
     def run(self, progress: Callable[[str, int, int], None]) -> None:
-        """Write all files beside the destination, read them back, and move them into place.
+        """Write all files beside or in the destination, read them back, move them into place.
 
         Raises:
             ValueError: masters that are not those of the weights, too little disk space, or a file
@@ -147,7 +150,11 @@ class WeightsExport:
         import safetensors  # noqa: F401  (for its ImportError, before hours of work, not after)
 
         self._check_masters(progress)
-        work = self.destination.with_name(f".converting-{self.destination.name}")
+        # A folder that is there may be the current one, or where a disk is mounted: it stays.
+        stays = self.destination.is_dir()
+        work = self.destination.with_name(f"{_WORK}-{self.destination.name}")
+        if stays:
+            work = self.destination / _WORK
         if work.exists():
             shutil.rmtree(work)
         work.mkdir(parents=True)
@@ -168,9 +175,12 @@ class WeightsExport:
                 "says, and run the same command again"
             ) from problem
         _verify(work, written, progress)
-        if self.destination.exists():
-            self.destination.rmdir()
-        work.rename(self.destination)
+        if not stays:
+            work.rename(self.destination)
+            return
+        for file in sorted(work.iterdir(), key=lambda file: file.name == INDEX):
+            file.rename(self.destination / file.name)
+        work.rmdir()
 
     def _check_masters(self, progress: Callable[[str, int, int], None]) -> None:
         """Refuse to take masters that are not those of the weights.
@@ -233,6 +243,10 @@ class WeightsExport:
             "weight_map": {tensor.key: tensor.file for tensor in self.tensors},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and all(found.name == _WORK for found in path.iterdir())
 
 
 def _bytes(tensor: Placed) -> int:

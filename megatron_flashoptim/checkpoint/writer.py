@@ -223,14 +223,9 @@ def read_record(records: Path, number: int) -> Record | None:
 
 
 def write_metadata(folder: Path, layout: Layout, records: Sequence[Record]) -> None:
-    """Write torch's ``.metadata`` of a folder whose parts are all written.
-
-    Raises:
-        ValueError: the folder cannot be written.
-    """
+    """Write torch's ``.metadata`` of a folder whose parts are all written."""
     writer = FileSystemWriter(folder, sync_files=True)
-    with writing(folder):
-        writer.finish(layout.metadata, [record.results for record in records])
+    writer.finish(layout.metadata, [record.results for record in records])
 
 
 def verify_part(reader: CheckpointReader, record: Record) -> None:

@@ -149,6 +149,35 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert _files(adam) == kept
 
 
+def test_nothing_is_written_into_the_source(
+    adam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever path it is named; weights into the current folder leave that as it is."""
+    kept = {str(path): path.lstat().st_mtime_ns for path in sorted(adam.rglob("*"))}
+    iteration = adam / "iter_0000002"
+    (tmp_path / "link").symlink_to(iteration)
+    inside = (iteration / "new", iteration, tmp_path / "link" / "new" / "er")
+    for source, destination in zip((adam, iteration, adam), inside, strict=True):
+        for options in (("flash",), ("flash", "--dry-run"), ("weights", "--dtype", "bf16")):
+            said = error("convert", "--to", *options, str(source), str(destination), code=1)
+            verb = "is" if destination == iteration else "lies within"
+            assert f"{destination} {verb} the source {iteration}, which is only read;" in said
+    assert {str(path): path.lstat().st_mtime_ns for path in sorted(adam.rglob("*"))} == kept
+    current = tmp_path / "current"
+    current.mkdir()
+    monkeypatch.chdir(current)
+    was = current.stat().st_ino
+    (current / ".converting").mkdir()  # of an export that was killed
+    done = run("convert", "--to", "weights", str(adam), ".")
+    _check_printed(done)
+    _check_sizes(done.stdout, iteration, Path("."), "15 tensors, ")
+    assert current.stat().st_ino == was
+    assert sorted(_files(current)) == [
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    ]
+
+
 def _limit_files(size: int) -> None:
     """Let no file of this process grow beyond so many bytes, as a full disk would."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
