@@ -154,15 +154,15 @@ def render_run(size: RunSize) -> str:
     """Return the table for Megatron's arguments, of the stage with the most parameters."""
     stage = max(size.stages, key=lambda each: each.parameters)
     lines = [
-        f"{stage.parameters} parameters on a rank of pipeline stage {stage.stage} of "
+        f"{stage.parameters:,} parameters on a rank of pipeline stage {stage.stage} of "
         f"{len(size.stages)}, data-parallel size {size.data_parallel_size}, "
         f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients",
         "",
-        f"{'bytes on the rank':32} {'weights':>16} {'grads':>16} {'state':>16} {'GiB in all':>11}",
+        f"{'bytes on the rank':32} {'weights':>18} {'grads':>18} {'state':>18} {'GiB in all':>11}",
     ]
     for variant in variants(size):
         parts = rank_bytes(size, stage, variant)
-        columns = " ".join(f"{part:16.0f}" for part in parts)
+        columns = " ".join(f"{part:18,.0f}" for part in parts)
         lines.append(f"{variant.name:32} {columns} {sum(parts) / GIB:11.3f}")
     return "\n".join(lines)
 
@@ -223,7 +223,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def _planned(options: argparse.Namespace) -> RunSize:
     if options.checkpoint is None and (options.gpus is None or not options.more):
-        raise UsageError("give --parameters, --checkpoint, or --gpus and Megatron's arguments")
+        unknown = f"; {options.more[0]} is none of this command's own" if options.more else ""
+        raise UsageError(
+            f"give --parameters, --checkpoint, or --gpus and Megatron's arguments{unknown}"
+        )
     try:
         arguments = expand(options.more)
     except ValueError as problem:
@@ -243,12 +246,15 @@ def _planned(options: argparse.Namespace) -> RunSize:
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError as problem:
+            example = "8e9" if kind is float else "64"
+            raise argparse.ArgumentTypeError(f"{text}: not a number such as {example}") from problem
         if value <= 0:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
         return value
 
-    parse.__name__ = "number"
     return parse
 
 
