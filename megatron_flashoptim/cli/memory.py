@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -174,13 +175,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameters of one model-parallel rank, e.g. 8e9",
     )
     parser.add_argument(
-        "--data-parallel-size", type=_positive(int), default=1, help="ranks that share the state"
+        "--data-parallel-size",
+        type=_positive(int),
+        help="with --parameters: ranks that share the state (default: 1)",
     )
     parser.add_argument(
         "--grad-dtype",
         choices=("fp32", "bf16"),
-        default="fp32",
-        help="dtype of the gradient buffer (Megatron's default is fp32)",
+        help="with --parameters: dtype of the gradient buffer (default: fp32, as Megatron's)",
     )
     parser.add_argument(
         "--optimizer",
@@ -206,6 +208,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.optimizer not in (None, *OPTIMIZERS):
         raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(OPTIMIZERS)}")
     if options.parameters is None:
+        for flag, value, instead in (
+            ("--data-parallel-size", options.data_parallel_size, "--gpus sets it"),
+            ("--grad-dtype", options.grad_dtype, "Megatron's is --grad-reduce-in-bf16"),
+        ):
+            if value is not None:
+                raise UsageError(f"{flag} {value} belongs to --parameters; {instead}")
         print(render_run(_planned(options)))
         return
     for given, is_given in (
@@ -216,7 +224,7 @@ def _run(options: argparse.Namespace) -> None:
         if is_given:
             raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
-    ranks = options.data_parallel_size
+    ranks = options.data_parallel_size or 1
     flash = FlashOptimConfig().optimizer if options.optimizer == "adam" else options.optimizer
     print(render(options.parameters, ranks, grad_bytes, flash))
 
@@ -251,7 +259,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
         except ValueError as problem:
             example = "8e9" if kind is float else "64"
             raise argparse.ArgumentTypeError(f"{text}: not a number such as {example}") from problem
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
         return value
 

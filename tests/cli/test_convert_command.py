@@ -154,6 +154,7 @@ def test_a_killed_conversion_goes_on_where_it_was(
         (["--to", "adam", "--master-bits", "32"], "--master-bits 32 belongs to --to flash"),
         (["--to", "flash", "--dtype", "bf16"], "--dtype bf16 belongs to --to weights"),
         (["--to", "weights", "--repair"], "--repair belongs to --to flash and --to adam"),
+        (["--to", "weights", "--processes", "2"], "--processes 2 belongs to --to flash and --to"),
         (["--to", "flash", "--processes", "0"], "--processes 0: at least 1"),
         (["--to", "gguf"], "invalid choice: 'gguf'"),
         ([], "--to"),

@@ -56,8 +56,14 @@ def test_adam_is_shown_beside_flash_adamw() -> None:
     [
         ((), "--parameters"),
         (("--parameters", "0"), "must be positive"),
-        (("--parameters", "many"), "many: not a number such as 64"),
+        (("--parameters", "many"), "many: not a number such as 8e9"),
+        (("--parameters", "nan"), "must be positive, got nan"),
         (("--parameters", "1e9", "--grad-dtype", "fp8"), "fp8"),
+        (
+            ("--gpus", "2", "--num-layers", "2", "--grad-dtype", "bf16"),
+            "--grad-dtype bf16 belongs to --parameters; Megatron's is --grad-reduce-in-bf16",
+        ),
+        (("--checkpoint", "a", "--data-parallel-size", "1"), "--data-parallel-size 1 belongs to "),
         (("--parameters", "1e9", "--optimizer", "muon"), "muon is none of adam, flash_adamw, "),
         (
             ("--gpus", "2", "--num-layers", "2", "--optimizer", "lion"),
