@@ -54,7 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="convert side by side; each takes about 1 GB of memory at most (default: 1)",
+        help="convert side by side; each takes up to 1.1 GB of memory (default: 1)",
     )
     parser.add_argument(
         "--master-bits",
