@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from console import error, run, run_installed
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
+from megatron_flashoptim.cli.inspect import default_report
 from megatron_flashoptim.codec import (
     decode_exp_avg,
     decode_exp_avg_sq,
@@ -330,19 +333,45 @@ def test_what_cannot_be_compared_is_one_line(saved: Saved) -> None:
     assert "buckets do not say which parameter is where" in said and "Save both with" in said
 
 
-@pytest.mark.parametrize("name", [f"adam_{BUCKETS}", f"flash_{FULLY}"])
-def test_report_is_one_file_by_default(
-    saved: Saved, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_report_is_one_file_by_default_named_after_run_and_iteration(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = run("inspect", str(saved.folder / name))
-    assert done.returncode == 0, done.stderr
-    assert f"written: {name}-inspect.html" in done.stdout
-    (file,) = tmp_path.iterdir()
-    page = file.read_text()
-    assert page.count("<svg") == page.count("</svg>") > 1
-    assert FC1.replace("layers.", "layers.*.") in page
-    assert "<script" not in page and "<link" not in page and 'src="http' not in page
+    for run_name, name in (("adam", f"adam_{BUCKETS}"), ("flash", f"flash_{FULLY}")):
+        iteration = tmp_path / "runs" / run_name / "checkpoints" / "iter_0000003"
+        iteration.parent.mkdir(parents=True)
+        iteration.symlink_to(saved.folder / name)
+        done = run("inspect", f"runs/{run_name}/checkpoints", "--iteration", "3")
+        assert done.returncode == 0, done.stderr
+        file = f"{run_name}-checkpoints-iter_0000003-inspect.html"
+        assert f"written: {file}\n" in done.stdout
+        page = Path(file).read_text()
+        assert page.count("<svg") == page.count("</svg>") > 1
+        assert FC1.replace("layers.", "layers.*.") in page
+        assert "<script" not in page and "<link" not in page and 'src="http' not in page
+    assert len(list(tmp_path.glob("*"))) == 3, "no report is another run's"
+
+
+def test_default_name_of_a_comparison_names_both_and_fits_a_file_system() -> None:
+    folders = [Path(f"/runs/{name}/checkpoints/iter_0000400") for name in ("adam", "flash")]
+    adam, flash = (f"{name}-checkpoints-iter_0000400" for name in ("adam", "flash"))
+    assert default_report(*folders) == f"{adam}-against-{flash}-inspect.html"
+    assert default_report(Path("/iter_0000400")) == "iter_0000400-inspect.html"
+    long = Path("/", "r" * 255, "c" * 255, "iter_0000400")
+    name = default_report(long, long)
+    assert len(name) <= 255 and name.count("iter_0000400") == 2
+
+
+def test_damaged_files_are_found_before_anything_is_printed(saved: Saved, tmp_path: Path) -> None:
+    whole, cut = saved.folder / f"flash_{FULLY}", tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    half = (cut / "__1_0.distcp").stat().st_size // 2
+    os.truncate(cut / "__1_0.distcp", half)
+    for arguments in ([cut], [whole, "--against", cut]):
+        done = run("inspect", *map(str, arguments), "--no-report")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"{cut} is damaged: __1_0.distcp has {half} of " in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_report_as_png_has_the_comparison_too(saved: Saved, tmp_path: Path) -> None:
