@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,8 @@ def _save_shifted(folder: Path) -> None:
     options: dict[str, Any] = {"flash": None, "overlap": True, "bucket_size": 15_000}
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options, hidden=72, layers=3))
     trainer.train(1)
-    checkpoints.save(trainer, folder, FULLY)
+    checkpoints.save(trainer, folder / "shifted", FULLY)
+    checkpoints.save(trainer, folder / "several", BUCKETS)
 
 
 class Saved:
@@ -90,6 +93,7 @@ class Saved:
         for name in (
             "older",
             "shifted",
+            "several",
             "weights",
             *(f"{a}_{b}" for a in ("adam", "flash", "lion") for b in (FULLY, BUCKETS)),
         ):
@@ -97,7 +101,7 @@ class Saved:
         for optimizer in ("adam", "flash", "lion"):
             self.state[optimizer] = checkpoints.joined(run_ranks(2, _save, folder, optimizer))
         run_ranks(2, _save_older, folder / "older")
-        run_ranks(2, _save_shifted, folder / "shifted")
+        run_ranks(2, _save_shifted, folder)
 
     def inspected(self, name: str, *arguments: str) -> dict[str, Any]:
         """Return the JSON of a checkpoint, once."""
@@ -350,6 +354,75 @@ def test_report_is_one_file_by_default_named_after_run_and_iteration(
         assert FC1.replace("layers.", "layers.*.") in page
         assert "<script" not in page and "<link" not in page and 'src="http' not in page
     assert len(list(tmp_path.glob("*"))) == 3, "no report is another run's"
+
+
+def _pictures(page: str) -> dict[str, tuple[float, list[list[str]]]]:
+    """Return where each picture's first panel begins, and the labels of x axes along depth."""
+    found = {}
+    for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        (title,) = re.findall(r">([^<>]+(?: over depth| over buckets|: distributions))<", picture)
+        left = re.search(r'"axes_\d+">\s*<g id="patch_\d+">\s*<path d="M ([\d.]+)', picture)
+        assert left is not None
+        axes = [
+            re.findall(r">([^<>\n]+)</text>", axis) for axis in picture.split("matplotlib.axis")
+        ]
+        along = [labels for labels in axes if labels[-1:] in (["layer"], ["bucket"])]
+        found[title] = (float(left[1]), along)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "expected"),
+    [
+        (
+            f"adam_{FULLY}",
+            1,
+            {"masters over depth": 1, "masters: distributions": 0, "first moments over depth": 2},
+        ),
+        (
+            f"flash_{BUCKETS}",
+            3,
+            {
+                "weights over depth": 1,
+                "weights: distributions": 1,
+                "corrections: distributions": 0,
+                "first moments: distributions": 0,
+                "second moments: distributions": 0,
+            },
+        ),
+        (
+            "several",
+            3,
+            {"masters over buckets": 2, "masters: distributions": 2, "weights over depth": 1},
+        ),
+    ],
+)
+def test_layers_and_buckets_are_mapped_where_there_are_several_and_counted_along_axes(
+    saved: Saved, tmp_path: Path, name: str, layers: int, expected: dict[str, int]
+) -> None:
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.statistics import inspect
+    from megatron_flashoptim.cli import report
+
+    inspection = inspect(open_folder(saved.folder / name))
+    buckets = sum("bucket_idx" in part.name for part, _ in inspection.parts)
+    assert buckets > 1 or name != "several"
+    if not buckets:
+        kept = [each for each in inspection.parts if (each[0].index or 0) < layers]
+        inspection = replace(inspection, parts=kept)
+    file = tmp_path / "report.html"
+    report.write(file, inspection, None, report.Text("", {}, [], [], []))
+    found = _pictures(file.read_text())
+    assert {title: len(found.get(title, (0, []))[1]) for title in expected} == expected
+    if buckets == 1:
+        assert set(found) == set(expected), "one bucket has no depth"
+    for left, axes in found.values():
+        assert left < 300, "no gap left of the first panel"
+        for labels in axes:
+            count = layers if labels[-1] == "layer" else buckets
+            numbers = [int(label) for label in labels[:-1] if label != "none"]
+            assert numbers == sorted({*numbers} & {*range(count)}), labels
+            assert len(numbers) >= min(count, 2), labels
 
 
 def test_default_name_of_a_comparison_names_both_and_fits_a_file_system() -> None:
