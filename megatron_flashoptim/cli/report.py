@@ -129,7 +129,7 @@ def _drawings(
 
 def _columns(panels: Iterable[int]) -> int:
     """Return in how many columns all pictures of a sort are drawn, so that widths are equal."""
-    return max(_FEWEST_COLUMNS, *panels)
+    return max([_FEWEST_COLUMNS, *panels])
 
 
 def _height(rows: int) -> float:
