@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 PROGRAM = "megatron-flashoptim"
+INTERRUPTED = 130  # 128 + SIGINT, as of a shell
 
 
 class UsageError(Exception):
@@ -74,7 +75,10 @@ class Parser(argparse.ArgumentParser):
 
 def exit_codes(failure: str) -> str:
     """Return the help's table of exit codes."""
-    return f"exit codes:\n  0  success\n  1  {failure}\n  2  wrong command line"
+    return (
+        f"exit codes:\n  0    success\n  1    {failure}\n  2    wrong command line\n"
+        f"  {INTERRUPTED}  interrupted"
+    )
 
 
 def main(commands: Sequence[Command], version: str, argv: Sequence[str] | None = None) -> int:
@@ -106,6 +110,9 @@ def main(commands: Sequence[Command], version: str, argv: Sequence[str] | None =
         sys.stdout.flush()
     except UsageError as problem:
         options.parser.error(str(problem))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {chosen.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read has enough, as `head` has; nothing may be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

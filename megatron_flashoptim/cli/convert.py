@@ -54,7 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="convert side by side; each takes about 1 GB of memory at most (default: 1)",
+        help="convert side by side; each takes up to 1.1 GB of memory (default: 1)",
     )
     parser.add_argument(
         "--master-bits",
@@ -129,6 +129,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError(f"{flag} {value} belongs to --to {target}, not to --to {options.to}")
     if options.to == _WEIGHTS and options.repair:
         raise UsageError("--repair belongs to --to flash and --to adam")
+    if options.to == _WEIGHTS and options.processes > 1:
+        raise UsageError(f"--processes {options.processes} belongs to --to flash and --to adam")
     if options.processes < 1:
         raise UsageError(f"--processes {options.processes}: at least 1")
 
@@ -221,8 +223,9 @@ COMMAND = Command(
     name="convert",
     summary="checkpoints of Adam to flash and back, weights to safetensors",
     description="Convert a torch_dist checkpoint on one machine, without a GPU and without\n"
-    "torchrun. SRC is never touched; DST/iter_... appears when everything is written and read\n"
-    "back. After an interruption the same command goes on where it was.",
+    "torchrun. SRC is never touched; DST/iter_..., of weights DST, appears when everything is\n"
+    "written and read back. After an interruption the same command goes on where it was, or\n"
+    "writes weights anew.",
     examples=(
         "convert --to flash checkpoints/adam checkpoints/flash",
         "convert --to adam --iteration 5000 checkpoints/flash checkpoints/adam",

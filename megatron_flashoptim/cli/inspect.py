@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 REPORTS = (".html", ".png")
 INSTALL = "pip install 'megatron-flashoptim[inspect]'"
+# Last folders of a checkpoint's path that name its report (run, --save, iteration), and the most
+# characters of them: two checkpoints have to fit into the 255 bytes of a file name.
+_NAMING_FOLDERS = 3
+_LONGEST_LABEL = 100
 # Elements above which reading takes long enough to say how far it is.
 _LARGE = 20_000_000
 
@@ -32,13 +36,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CKPT", help="folder given to --save, or iter_N in it"
     )
     parser.add_argument("--iteration", type=int, help="which one (default: the latest)")
-    parser.add_argument("--against", metavar="OTHER", help="another checkpoint to compare with")
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="another checkpoint to compare with, after all that is printed of CKPT alone",
+    )
     parser.add_argument("--against-iteration", type=int, help="which one of OTHER")
     parser.add_argument("--layers", action="store_true", help="a line for every layer")
     parser.add_argument(
         "--report",
         metavar="FILE",
-        help="where to draw the distributions, .html or .png (default: CKPT-inspect.html here)",
+        help="where to draw the distributions, .html or .png (default: a file in the current "
+        "folder named after run, checkpoint and iteration, ...-inspect.html)",
     )
     parser.add_argument("--no-report", action="store_true", help="draw nothing")
     parser.add_argument(
@@ -48,15 +57,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    report = _report_file(options)
+    draws = _draws(options)
     if options.against_iteration is not None and options.against is None:
         raise UsageError("--against-iteration needs --against")
     if options.processes < 1:
         raise UsageError(f"--processes {options.processes}: at least 1")
-    for name in (report, options.json):
+    for name in (options.report, options.json):
         if name is not None and not Path(name).absolute().parent.is_dir():
             raise UsageError(f"{Path(name).absolute().parent} for {name} is no folder; make it")
 
+    from megatron_flashoptim.checkpoint.damage import check_files
     from megatron_flashoptim.checkpoint.description import bytes_by_kind, describe
     from megatron_flashoptim.checkpoint.difference import check_comparable, compare
     from megatron_flashoptim.checkpoint.folder import open_folder
@@ -69,6 +79,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.against is not None:
         other = open_folder(options.against, options.against_iteration)
         check_comparable(folder, other)
+    both = [folder.path] if other is None else [folder.path, other.path]
+    for path in both:
+        check_files(path)
     fields, sizes = describe(folder), bytes_by_kind(folder)
     print(folder.path)
     print("\n".join([*inspect_tables.description(fields), "", *inspect_tables.byte_table(sizes)]))
@@ -91,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
         found = as_json(inspection, fields, sizes, comparison)
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
         print(f"\nwritten: {options.json}")
-    if report is not None:
+    if draws:
         from megatron_flashoptim.cli import report as drawing
 
         tables = [*inspect_tables.byte_table(sizes)]
@@ -102,29 +115,42 @@ def _run(options: argparse.Namespace) -> None:
             tables += inspect_tables.comparison_tables(comparison, layers=False)
             every_layer += inspect_tables.comparison_tables(comparison, layers=True)
         text = drawing.Text(str(folder.path), fields, tables, every_layer, told)
+        report = Path(options.report or default_report(*both))
         drawing.write(report, inspection, comparison, text)
         print(f"\nwritten: {report}")
 
 
-def _report_file(options: argparse.Namespace) -> Path | None:
-    """Return where the report goes, None where none can or shall be written."""
+def _draws(options: argparse.Namespace) -> bool:
+    """Return whether a report can and shall be written."""
     if options.report is not None and options.no_report:
         raise UsageError("--report and --no-report exclude each other; give one")
     if options.no_report:
-        return None
-    drawable = importlib.util.find_spec("matplotlib") is not None
-    if options.report is None:
-        if not drawable:
-            print(f"no report: matplotlib is missing; {INSTALL}, or --no-report", file=sys.stderr)
-            return None
-        path = Path(os.path.normpath(options.checkpoint)).absolute()
-        return Path(f"{path.name}-inspect.html")
-    if Path(options.report).suffix not in REPORTS:
+        return False
+    if options.report is not None and Path(options.report).suffix not in REPORTS:
         raise UsageError(f"--report must end in {' or '.join(REPORTS)}, got {options.report}")
-    if not drawable:
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    if options.report is not None:
         # No ModuleNotFoundError: it would be told to install more than is needed.
         raise ImportError(f"--report needs matplotlib, which is missing; {INSTALL}")
-    return Path(options.report)
+    print(f"no report: matplotlib is missing; {INSTALL}, or --no-report", file=sys.stderr)
+    return False
+
+
+def default_report(path: Path, other: Path | None = None) -> str:
+    """Return a file name for a report that says of which run and iteration it is.
+
+    Args:
+        path: folder of the iteration.
+        other: that of ``--against``.
+    """
+    labels = []
+    for each in (path, other):
+        if each is not None:
+            # Without the root, and without resolving links: as users call it.
+            folders = Path(os.path.abspath(each)).parts[1:][-_NAMING_FOLDERS:]
+            labels.append("-".join(folders)[-_LONGEST_LABEL:])
+    return f"{'-against-'.join(labels)}-inspect.html"
 
 
 def _if_large(progress: Progress) -> Callable[[str, int, int], None]:

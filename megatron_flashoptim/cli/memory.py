@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -154,15 +155,15 @@ def render_run(size: RunSize) -> str:
     """Return the table for Megatron's arguments, of the stage with the most parameters."""
     stage = max(size.stages, key=lambda each: each.parameters)
     lines = [
-        f"{stage.parameters} parameters on a rank of pipeline stage {stage.stage} of "
+        f"{stage.parameters:,} parameters on a rank of pipeline stage {stage.stage} of "
         f"{len(size.stages)}, data-parallel size {size.data_parallel_size}, "
         f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients",
         "",
-        f"{'bytes on the rank':32} {'weights':>16} {'grads':>16} {'state':>16} {'GiB in all':>11}",
+        f"{'bytes on the rank':32} {'weights':>18} {'grads':>18} {'state':>18} {'GiB in all':>11}",
     ]
     for variant in variants(size):
         parts = rank_bytes(size, stage, variant)
-        columns = " ".join(f"{part:16.0f}" for part in parts)
+        columns = " ".join(f"{part:18,.0f}" for part in parts)
         lines.append(f"{variant.name:32} {columns} {sum(parts) / GIB:11.3f}")
     return "\n".join(lines)
 
@@ -174,13 +175,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameters of one model-parallel rank, e.g. 8e9",
     )
     parser.add_argument(
-        "--data-parallel-size", type=_positive(int), default=1, help="ranks that share the state"
+        "--data-parallel-size",
+        type=_positive(int),
+        help="with --parameters: ranks that share the state (default: 1)",
     )
     parser.add_argument(
         "--grad-dtype",
         choices=("fp32", "bf16"),
-        default="fp32",
-        help="dtype of the gradient buffer (Megatron's default is fp32)",
+        help="with --parameters: dtype of the gradient buffer (default: fp32, as Megatron's)",
     )
     parser.add_argument(
         "--optimizer",
@@ -206,6 +208,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.optimizer not in (None, *OPTIMIZERS):
         raise UsageError(f"--optimizer {options.optimizer} is none of {', '.join(OPTIMIZERS)}")
     if options.parameters is None:
+        for flag, value, instead in (
+            ("--data-parallel-size", options.data_parallel_size, "--gpus sets it"),
+            ("--grad-dtype", options.grad_dtype, "Megatron's is --grad-reduce-in-bf16"),
+        ):
+            if value is not None:
+                raise UsageError(f"{flag} {value} belongs to --parameters; {instead}")
         print(render_run(_planned(options)))
         return
     for given, is_given in (
@@ -216,14 +224,17 @@ def _run(options: argparse.Namespace) -> None:
         if is_given:
             raise UsageError(f"{given} cannot be used with --parameters; give one of the two")
     grad_bytes = 2 if options.grad_dtype == "bf16" else 4
-    ranks = options.data_parallel_size
+    ranks = options.data_parallel_size or 1
     flash = FlashOptimConfig().optimizer if options.optimizer == "adam" else options.optimizer
     print(render(options.parameters, ranks, grad_bytes, flash))
 
 
 def _planned(options: argparse.Namespace) -> RunSize:
     if options.checkpoint is None and (options.gpus is None or not options.more):
-        raise UsageError("give --parameters, --checkpoint, or --gpus and Megatron's arguments")
+        unknown = f"; {options.more[0]} is none of this command's own" if options.more else ""
+        raise UsageError(
+            f"give --parameters, --checkpoint, or --gpus and Megatron's arguments{unknown}"
+        )
     try:
         arguments = expand(options.more)
     except ValueError as problem:
@@ -243,12 +254,15 @@ def _planned(options: argparse.Namespace) -> RunSize:
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = kind(text)
-        if value <= 0:
+        try:
+            value = kind(text)
+        except ValueError as problem:
+            example = "8e9" if kind is float else "64"
+            raise argparse.ArgumentTypeError(f"{text}: not a number such as {example}") from problem
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
         return value
 
-    parse.__name__ = "number"
     return parse
 
 

@@ -36,9 +36,12 @@ TITLES = {
 _MOST_ROWS = 40
 _WIDTH = 17.0
 _ROW_HEIGHT = 0.2
+_FEWEST_COLUMNS = 2
 _EMPTY = "#e8e8e8"
 
 Matrix = Any
+# Names of tensors with their layers, in the order of depth, or of buffers with their buckets.
+Families = list[tuple[str, list[tuple[Part, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,23 @@ class Text:
     tables: Sequence[str]
     every_layer: Sequence[str]
     findings: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Values by tensor and layer, and how they are drawn.
+
+    Attributes:
+        values: matrix of ``_matrix``.
+        title: above it.
+        colors: name of the color map.
+        norm: of the colors; None: from the smallest value to the largest.
+    """
+
+    values: Matrix
+    title: str
+    colors: str = "magma_r"
+    norm: Normalize | None = None
 
 
 def write(path: Path, inspection: Inspection, comparison: Comparison | None, text: Text) -> None:
@@ -91,94 +111,129 @@ def _drawings(
     if inspection.has_masters_of_weights():
         kinds.remove("weight")
     drawings: list[tuple[float, Callable[[Any], None]]] = []
+    families = {kind: _largest(inspection.families(kind)) for kind in kinds}
+    maps = {kind: _maps(families[kind], inspection.total(kind)) for kind in kinds}
+    columns = _columns(map(len, maps.values()))
     for kind in kinds:
-        rows = min(len(inspection.families(kind)), _MOST_ROWS)
-        if kind != "correction":
-            height = 1.3 + _ROW_HEIGHT * max(rows, 6)
-            drawings.append((height, partial(_depth, inspection=inspection, kind=kind)))
+        if maps[kind]:
+            draw = partial(_depth, kind, families[kind], maps[kind], columns)
+            drawings.append((_height(len(families[kind])), draw))
+    columns = _columns(_panels(inspection, kind) for kind in kinds)
     for kind in kinds:
-        drawings.append((3.2, partial(_distribution, inspection=inspection, kind=kind)))
-    if comparison is not None:
-        rows = min(len({part.name for part, _ in comparison.parts}), _MOST_ROWS)
-        drawings.append(
-            (1.3 + _ROW_HEIGHT * max(rows, 6), lambda figure: _differences(figure, comparison))
-        )
+        drawings.append((3.2, partial(_distribution, inspection, kind, columns)))
+    if comparison is not None and (compared := _compared(comparison)):
+        rows = max(len(families) for families in compared.values())
+        drawings.append((_height(rows), partial(_differences, comparison, compared)))
     return drawings
 
 
-def _depth(figure: Any, inspection: Inspection, kind: str) -> None:
-    """Draw maps of tensors over depth: size, error, small codes."""
-    families = _largest(inspection.families(kind))
-    some = inspection.total(kind)
-    columns = 1 + (some.error is not None) + (some.codes is not None and kind != "master")
-    # Equal widths whatever is drawn; what is missing stays empty.
-    axes = figure.subplots(1, 3, sharey=True)
-    figure.suptitle(f"{TITLES[kind]} over depth", fontsize=11, x=0.01, ha="left", weight="bold")
-    for unused in axes[columns:]:
-        unused.set_visible(False)
-    sizes = _matrix(families, lambda each: _log2(each.squares / max(each.elements, 1)) / 2)
-    relative = np.full_like(sizes, np.nan)
-    for row, values in enumerate(sizes):
-        usable = np.isfinite(values)
-        if usable.any():
-            relative[row, usable] = values[usable] - np.median(values[usable])
-    most = max(1.0, float(np.abs(relative[np.isfinite(relative)]).max(initial=0.0)))
-    norm = TwoSlopeNorm(0, -most, most)
-    _map(axes[0], relative, families, "rms over the median of its row, log2", "RdBu_r", norm)
-    axes[0].set_yticks(range(len(families)), [name for name, _ in families], fontsize=6.5)
-    if some.error is not None:
+def _columns(panels: Iterable[int]) -> int:
+    """Return in how many columns all pictures of a sort are drawn, so that widths are equal."""
+    return max([_FEWEST_COLUMNS, *panels])
+
+
+def _height(rows: int) -> float:
+    return 1.3 + _ROW_HEIGHT * max(rows, 6)
+
+
+def _maps(families: Families, total: Statistics) -> list[_Map]:
+    """Return maps of tensors over depth: size, error, small codes.
+
+    One tensor or bucket alone has nothing to stand out from: its map would be a flat rectangle.
+    """
+    if total.kind == "correction" or not _several(families):
+        return []
+    maps = []
+    if any(len(family) > 1 for _, family in families):
+        sizes = _matrix(families, lambda each: _log2(each.squares / max(each.elements, 1)) / 2)
+        relative = np.full_like(sizes, np.nan)
+        for row, values in enumerate(sizes):
+            usable = np.isfinite(values)
+            if usable.any():
+                relative[row, usable] = values[usable] - np.median(values[usable])
+        most = max(1.0, float(np.abs(relative[np.isfinite(relative)]).max(initial=0.0)))
+        norm = TwoSlopeNorm(0, -most, most)
+        maps.append(_Map(relative, "rms over the median of its row, log2", "RdBu_r", norm))
+    if total.error is not None:
         errors = _matrix(families, lambda each: each.relative_error or 0.0)
-        title = "quantization error, relative" + (" (of the root)" if kind == "exp_avg_sq" else "")
-        _map(axes[1], errors, families, title, "magma_r", None)
-    if columns == 3:
+        of_root = " (of the root)" if total.kind == "exp_avg_sq" else ""
+        maps.append(_Map(errors, "quantization error, relative" + of_root))
+    if total.codes is not None and total.kind != "master":
         small = _matrix(families, lambda each: 100 * ((each.zero or 0) + (each.minimum or 0)))
-        _map(axes[2], small, families, "elements at code 0 or the smallest, %", "magma_r", None)
+        maps.append(_Map(small, "elements at code 0 or the smallest, %"))
+    return maps
 
 
-def _distribution(figure: Any, inspection: Inspection, kind: str) -> None:
+def _depth(kind: str, families: Families, maps: Sequence[_Map], columns: int, figure: Any) -> None:
+    axes = figure.subplots(1, columns, sharey=True)
+    along = "buckets" if _has_buckets(families) else "depth"
+    figure.suptitle(f"{TITLES[kind]} over {along}", fontsize=11, x=0.01, ha="left", weight="bold")
+    for unused in axes[len(maps) :]:
+        unused.set_visible(False)
+    for each, drawn in zip(axes, maps, strict=False):
+        _draw_map(each, drawn, families)
+    axes[0].set_yticks(range(len(families)), [name for name, _ in families], fontsize=6.5)
+
+
+def _panels(inspection: Inspection, kind: str) -> int:
+    """Return how many panels ``_distribution`` draws."""
+    curves = (inspection.total(kind).codes is not None) + (kind != "correction")
+    return curves * (2 if len(_by_layer(inspection, kind)) > 1 else 1)
+
+
+def _distribution(inspection: Inspection, kind: str, columns: int, figure: Any) -> None:
     """Draw histograms of codes, values and scales, and the first two over depth."""
     total = inspection.total(kind)
-    axes = figure.subplots(1, 4)
+    axes = figure.subplots(1, columns)
+    # From the left, whichever there are.
+    free = iter(axes)
     figure.suptitle(f"{TITLES[kind]}: distributions", fontsize=11, x=0.01, ha="left", weight="bold")
     per_layer = _by_layer(inspection, kind)
     depths = sorted(per_layer)
-    along = "bucket" if _has_buckets(inspection.families(kind)) else "layer"
+    along = "bucket" if _has_buckets(inspection.families(kind).items()) else "layer"
     codes_of = "correction" if kind in ("master", "correction") else "code"
+    root = "root of the value" if kind == "exp_avg_sq" else "|value|"
     if total.codes is not None:
+        each = next(free)
         shown = _codes(total)
-        axes[0].step(shown[0], shown[1], where="mid", lw=0.8)
+        each.step(shown[0], shown[1], where="mid", lw=0.8)
         top = float(shown[1].max())
-        axes[0].set_yscale("log")
-        axes[0].set_ylim(max(float(shown[1][shown[1] > 0].min(initial=top)), 1e-6) / 2, 2 * top)
-        axes[0].set(xlabel=codes_of, ylabel="share of elements")
+        each.set_yscale("log")
+        each.set_ylim(max(float(shown[1][shown[1] > 0].min(initial=top)), 1e-6) / 2, 2 * top)
+        each.set(xlabel=codes_of, ylabel="share of elements")
     if kind != "correction":
-        root = "root of the value" if kind == "exp_avg_sq" else "|value|"
-        _binades(axes[1], total.binades.numpy(), root)
+        each = next(free)
+        _binades(each, total.binades.numpy(), root)
         if total.scale_binades is not None:
-            _binades(axes[1], total.scale_binades.numpy(), "scale of 32")
-        axes[1].set(xlabel="log2", ylabel="share")
-        axes[1].legend(fontsize=7)
-    if depths and kind != "correction":
+            _binades(each, total.scale_binades.numpy(), "scale of 32")
+        each.set(xlabel="log2", ylabel="share")
+        each.legend(fontsize=7)
+    # Of one layer or bucket the curves say it all.
+    if len(depths) > 1 and kind != "correction":
         counts = np.stack([per_layer[depth].binades.numpy()[1:] for depth in depths], axis=1)
         used = np.flatnonzero(counts.any(axis=1))
         low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
         extent = (depths[0] - 0.5, depths[-1] + 0.5, low + 0.5 - BIAS, high + 0.5 - BIAS)
-        _density(axes[2], counts[low:high], extent, f"log2 of {root}", along)
-    if depths and total.codes is not None:
-        columns = [_codes(per_layer[depth]) for depth in depths]
-        counts = np.stack([share for _, share in columns], axis=1)
-        codes = columns[0][0]
+        _density(next(free), counts[low:high], extent, f"log2 of {root}", along)
+    if len(depths) > 1 and total.codes is not None:
+        codes, _ = _codes(total)
+        counts = np.stack([_codes(per_layer[depth])[1] for depth in depths], axis=1)
         extent = (depths[0] - 0.5, depths[-1] + 0.5, codes[0] - 0.5, codes[-1] + 0.5)
-        _density(axes[3], counts, extent, codes_of, along)
+        _density(next(free), counts, extent, codes_of, along)
     for each in axes:
-        each.tick_params(labelsize=7)
+        each.tick_params(labelsize=7, which="both")
         if not each.has_data():
             each.set_visible(False)
 
 
-def _differences(figure: Any, comparison: Comparison) -> None:
+def _compared(comparison: Comparison) -> dict[str, Families]:
+    """Return what has several parts to map the differences of, by kind."""
+    found = {kind: _largest(comparison.families(kind)) for kind in TITLES}
+    return {kind: families for kind, families in found.items() if _several(families)}
+
+
+def _differences(comparison: Comparison, compared: dict[str, Families], figure: Any) -> None:
     """Draw maps of the mean relative difference to the other checkpoint."""
-    kinds = [kind for kind in TITLES if comparison.families(kind)]
     figure.suptitle(
         f"mean relative difference to {comparison.second.path}",
         fontsize=11,
@@ -186,28 +241,36 @@ def _differences(figure: Any, comparison: Comparison) -> None:
         ha="left",
         weight="bold",
     )
-    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for number, (kind, each) in enumerate(zip(kinds, axes, strict=True)):
-        families = _largest(comparison.families(kind))
+    axes = figure.subplots(1, _columns([len(compared)]))
+    for unused in axes[len(compared) :]:
+        unused.set_visible(False)
+    named: list[str] = []
+    for each, (kind, families) in zip(axes, compared.items(), strict=False):
         values = _matrix(families, lambda found: found.mean or math.nan)
         usable = values[np.isfinite(values)]
         norm = (
             LogNorm(usable.min(), max(usable.max(), 1.01 * usable.min())) if usable.size else None
         )
         same = "" if usable.size else " (none)"
-        _map(each, values, families, TITLES[kind] + same, "magma_r", norm)
-        names = [name for name, _ in families] if number == 0 else [""] * len(families)
-        each.set_yticks(range(len(families)), names, fontsize=6.5)
+        _draw_map(each, _Map(values, TITLES[kind] + same, norm=norm), families)
+        names = [name for name, _ in families]
+        labels = names if names != named else [""] * len(names)
+        each.set_yticks(range(len(families)), labels, fontsize=6.5)
+        named = names
 
 
-def _largest(families: dict[str, list[tuple[Part, Any]]]) -> list[tuple[str, Any]]:
+def _largest(families: dict[str, list[tuple[Part, Any]]]) -> Families:
     """Return at most ``_MOST_ROWS`` families, those with the most elements."""
     sizes = {name: sum(part.elements for part, _ in each) for name, each in families.items()}
     kept = sorted(sizes, key=lambda name: -sizes[name])[:_MOST_ROWS]
     return [(name, families[name]) for name in families if name in kept]
 
 
-def _matrix(families: Sequence[tuple[str, Any]], value: Callable[[Any], float]) -> Matrix:
+def _several(families: Families) -> bool:
+    return sum(len(family) for _, family in families) > 1
+
+
+def _matrix(families: Families, value: Callable[[Any], float]) -> Matrix:
     """Return values by family and layer; column 0 is of tensors without layers."""
     depths = [part.index for _, family in families for part, _ in family if part.index is not None]
     found = np.full((len(families), 2 + max(depths, default=-1)), np.nan)
@@ -217,10 +280,9 @@ def _matrix(families: Sequence[tuple[str, Any]], value: Callable[[Any], float]) 
     return found
 
 
-def _map(
-    axes: Any, values: Matrix, families: Sequence[Any], title: str, colors: str, norm: Any
-) -> None:
-    """Draw a matrix of ``_matrix``: layers, and left of them a strip of what has none."""
+def _draw_map(axes: Any, drawn: _Map, families: Families) -> None:
+    """Draw layers, and left of them a strip of what has none."""
+    values, norm = drawn.values, drawn.norm
     layers = values.shape[1] - 1
     shown = np.ma.masked_invalid(values)
     if norm is None and shown.count():
@@ -238,31 +300,34 @@ def _map(
                 part,
                 aspect="auto",
                 interpolation="nearest",
-                cmap=colors,
+                cmap=drawn.colors,
                 norm=norm,
                 extent=(left, right, len(families) - 0.5, -0.5),
             )
     axes.set_facecolor(_EMPTY)
-    axes.set_title(title, fontsize=8)
+    axes.set_title(drawn.title, fontsize=8)
     axes.tick_params(labelsize=7)
     has_strip = bool(shown[:, :1].count())
     axes.set_xlim(-0.5 - gap - strip if has_strip else -0.5, max(layers, 0) - 0.5)
     axes.set_ylim(len(families) - 0.5, -0.5)
-    ticks = MaxNLocator(10, integer=True).tick_values(0, max(layers - 1, 0)) if layers else []
+    # Of a range of length 0 the locator makes fractions.
+    ticks = (
+        MaxNLocator(10, integer=True).tick_values(0, layers - 1) if layers > 1 else range(layers)
+    )
     places = [(float(tick), f"{tick:g}") for tick in ticks if 0 <= tick < layers]
     if has_strip:
         axes.axvspan(-0.5 - gap, -0.5, color="white")
         places.insert(0, (-0.5 - gap - strip / 2, "none"))
     axes.set_xticks([place for place, _ in places], [label for _, label in places])
-    axes.set_xlabel("bucket" if _has_buckets(name for name, _ in families) else "layer", fontsize=7)
+    axes.set_xlabel("bucket" if _has_buckets(families) else "layer", fontsize=7)
     if image is not None:
         bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
-        bar.ax.tick_params(labelsize=7)
+        bar.ax.tick_params(labelsize=7, which="both")
         bar.ax.yaxis.get_offset_text().set_fontsize(7)
 
 
-def _has_buckets(names: Iterable[str]) -> bool:
-    return any(name.endswith("bucket_idx_*") for name in names)
+def _has_buckets(families: Iterable[tuple[str, Any]]) -> bool:
+    return any(name.endswith("bucket_idx_*") for name, _ in families)
 
 
 def _by_layer(inspection: Inspection, kind: str) -> dict[int, Statistics]:
@@ -306,7 +371,7 @@ def _density(axes: Any, counts: Matrix, extent: Any, ylabel: str, xlabel: str) -
     axes.set_ylabel(ylabel, fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=7, which="both")
 
 
 def _log2(value: float) -> float:

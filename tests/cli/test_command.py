@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import subprocess
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from console import COMMAND, error, run_installed
 
+from megatron_flashoptim.checkpoint import quiet
 from megatron_flashoptim.cli import COMMANDS
+from megatron_flashoptim.cli.command import Command
+from megatron_flashoptim.cli.command import main as command_main
 
-EXIT_CODES = ("exit codes:", "  0  success", "  1  ", "  2  wrong command line")
+EXIT_CODES = ("exit codes:", "  0    success", "  1    ", "  2    wrong command line", "  130  int")
 NAMES = [command.name for command in COMMANDS]
 
 
@@ -55,6 +62,23 @@ def test_missing_megatron_exits_with_1_and_says_what_to_install(tmp_path: Path) 
     said = error("memory", "--gpus", "1", "--num-layers", "1", code=1, run=without)
     assert said.startswith("megatron-flashoptim memory: error: No module named 'megatron.")
     assert "pip install 'megatron-flashoptim[train]'" in said
+
+
+def test_an_interrupted_command_exits_with_130_and_one_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(_: argparse.Namespace) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+    command = Command("wait", "", "", (), lambda _: None, interrupted)
+    assert command_main([command], "0", ["wait"]) == 130
+    assert capfd.readouterr().err == "megatron-flashoptim wait: interrupted\n"
+
+
+def test_processes_of_a_pool_end_at_ctrl_c_without_a_word() -> None:
+    with ProcessPoolExecutor(1, get_context("fork"), initializer=quiet.start) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

@@ -233,6 +233,7 @@ def test_what_cannot_be_written_is_one_line_and_goes_on(
         (["--to", "adam", "--master-bits", "32"], "--master-bits 32 belongs to --to flash"),
         (["--to", "flash", "--dtype", "bf16"], "--dtype bf16 belongs to --to weights"),
         (["--to", "weights", "--repair"], "--repair belongs to --to flash and --to adam"),
+        (["--to", "weights", "--processes", "2"], "--processes 2 belongs to --to flash and --to"),
         (["--to", "flash", "--processes", "0"], "--processes 0: at least 1"),
         (["--to", "gguf"], "invalid choice: 'gguf'"),
         ([], "--to"),

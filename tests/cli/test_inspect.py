@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from console import error, run, run_installed
 from ranks import run_ranks
 
 from megatron_flashoptim import FlashOptimConfig
+from megatron_flashoptim.cli.inspect import default_report
 from megatron_flashoptim.codec import (
     decode_exp_avg,
     decode_exp_avg_sq,
@@ -72,7 +77,8 @@ def _save_shifted(folder: Path) -> None:
     options: dict[str, Any] = {"flash": None, "overlap": True, "bucket_size": 15_000}
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options, hidden=72, layers=3))
     trainer.train(1)
-    checkpoints.save(trainer, folder, FULLY)
+    checkpoints.save(trainer, folder / "shifted", FULLY)
+    checkpoints.save(trainer, folder / "several", BUCKETS)
 
 
 class Saved:
@@ -87,6 +93,7 @@ class Saved:
         for name in (
             "older",
             "shifted",
+            "several",
             "weights",
             *(f"{a}_{b}" for a in ("adam", "flash", "lion") for b in (FULLY, BUCKETS)),
         ):
@@ -94,7 +101,7 @@ class Saved:
         for optimizer in ("adam", "flash", "lion"):
             self.state[optimizer] = checkpoints.joined(run_ranks(2, _save, folder, optimizer))
         run_ranks(2, _save_older, folder / "older")
-        run_ranks(2, _save_shifted, folder / "shifted")
+        run_ranks(2, _save_shifted, folder)
 
     def inspected(self, name: str, *arguments: str) -> dict[str, Any]:
         """Return the JSON of a checkpoint, once."""
@@ -330,19 +337,114 @@ def test_what_cannot_be_compared_is_one_line(saved: Saved) -> None:
     assert "buckets do not say which parameter is where" in said and "Save both with" in said
 
 
-@pytest.mark.parametrize("name", [f"adam_{BUCKETS}", f"flash_{FULLY}"])
-def test_report_is_one_file_by_default(
-    saved: Saved, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_report_is_one_file_by_default_named_after_run_and_iteration(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = run("inspect", str(saved.folder / name))
-    assert done.returncode == 0, done.stderr
-    assert f"written: {name}-inspect.html" in done.stdout
-    (file,) = tmp_path.iterdir()
-    page = file.read_text()
-    assert page.count("<svg") == page.count("</svg>") > 1
-    assert FC1.replace("layers.", "layers.*.") in page
-    assert "<script" not in page and "<link" not in page and 'src="http' not in page
+    for run_name, name in (("adam", f"adam_{BUCKETS}"), ("flash", f"flash_{FULLY}")):
+        iteration = tmp_path / "runs" / run_name / "checkpoints" / "iter_0000003"
+        iteration.parent.mkdir(parents=True)
+        iteration.symlink_to(saved.folder / name)
+        done = run("inspect", f"runs/{run_name}/checkpoints", "--iteration", "3")
+        assert done.returncode == 0, done.stderr
+        file = f"{run_name}-checkpoints-iter_0000003-inspect.html"
+        assert f"written: {file}\n" in done.stdout
+        page = Path(file).read_text()
+        assert page.count("<svg") == page.count("</svg>") > 1
+        assert FC1.replace("layers.", "layers.*.") in page
+        assert "<script" not in page and "<link" not in page and 'src="http' not in page
+    assert len(list(tmp_path.glob("*"))) == 3, "no report is another run's"
+
+
+def _pictures(page: str) -> dict[str, tuple[float, list[list[str]]]]:
+    """Return where each picture's first panel begins, and the labels of x axes along depth."""
+    found = {}
+    for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        (title,) = re.findall(r">([^<>]+(?: over depth| over buckets|: distributions))<", picture)
+        left = re.search(r'"axes_\d+">\s*<g id="patch_\d+">\s*<path d="M ([\d.]+)', picture)
+        assert left is not None
+        axes = [
+            re.findall(r">([^<>\n]+)</text>", axis) for axis in picture.split("matplotlib.axis")
+        ]
+        along = [labels for labels in axes if labels[-1:] in (["layer"], ["bucket"])]
+        found[title] = (float(left[1]), along)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "expected"),
+    [
+        (
+            f"adam_{FULLY}",
+            1,
+            {"masters over depth": 1, "masters: distributions": 0, "first moments over depth": 2},
+        ),
+        (
+            f"flash_{BUCKETS}",
+            3,
+            {
+                "weights over depth": 1,
+                "weights: distributions": 1,
+                "corrections: distributions": 0,
+                "first moments: distributions": 0,
+                "second moments: distributions": 0,
+            },
+        ),
+        (
+            "several",
+            3,
+            {"masters over buckets": 2, "masters: distributions": 2, "weights over depth": 1},
+        ),
+    ],
+)
+def test_layers_and_buckets_are_mapped_where_there_are_several_and_counted_along_axes(
+    saved: Saved, tmp_path: Path, name: str, layers: int, expected: dict[str, int]
+) -> None:
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.statistics import inspect
+    from megatron_flashoptim.cli import report
+
+    inspection = inspect(open_folder(saved.folder / name))
+    buckets = sum("bucket_idx" in part.name for part, _ in inspection.parts)
+    assert buckets > 1 or name != "several"
+    if not buckets:
+        kept = [each for each in inspection.parts if (each[0].index or 0) < layers]
+        inspection = replace(inspection, parts=kept)
+    file = tmp_path / "report.html"
+    report.write(file, inspection, None, report.Text("", {}, [], [], []))
+    found = _pictures(file.read_text())
+    assert {title: len(found.get(title, (0, []))[1]) for title in expected} == expected
+    if buckets == 1:
+        assert set(found) == set(expected), "one bucket has no depth"
+    for left, axes in found.values():
+        assert left < 300, "no gap left of the first panel"
+        for labels in axes:
+            count = layers if labels[-1] == "layer" else buckets
+            numbers = [int(label) for label in labels[:-1] if label != "none"]
+            assert numbers == sorted({*numbers} & {*range(count)}), labels
+            assert len(numbers) >= min(count, 2), labels
+
+
+def test_default_name_of_a_comparison_names_both_and_fits_a_file_system() -> None:
+    folders = [Path(f"/runs/{name}/checkpoints/iter_0000400") for name in ("adam", "flash")]
+    adam, flash = (f"{name}-checkpoints-iter_0000400" for name in ("adam", "flash"))
+    assert default_report(*folders) == f"{adam}-against-{flash}-inspect.html"
+    assert default_report(Path("/iter_0000400")) == "iter_0000400-inspect.html"
+    long = Path("/", "r" * 255, "c" * 255, "iter_0000400")
+    name = default_report(long, long)
+    assert len(name) <= 255 and name.count("iter_0000400") == 2
+
+
+def test_damaged_files_are_found_before_anything_is_printed(saved: Saved, tmp_path: Path) -> None:
+    whole, cut = saved.folder / f"flash_{FULLY}", tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    half = (cut / "__1_0.distcp").stat().st_size // 2
+    os.truncate(cut / "__1_0.distcp", half)
+    for arguments in ([cut], [whole, "--against", cut]):
+        done = run("inspect", *map(str, arguments), "--no-report")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"{cut} is damaged: __1_0.distcp has {half} of " in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_report_as_png_has_the_comparison_too(saved: Saved, tmp_path: Path) -> None:

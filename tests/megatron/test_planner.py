@@ -64,7 +64,8 @@ def _planned(ranks: int, flags: str, common: str = COMMON) -> dict[str, tuple[in
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[3:]
-    return {row[:32].strip(): tuple(map(int, row[32:].split()[:3])) for row in rows}
+    figures = {row[:32].strip(): row[32:].replace(",", "").split()[:3] for row in rows}
+    return {name: tuple(map(int, columns)) for name, columns in figures.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -129,6 +130,12 @@ def test_plan_of_released_gradients_is_an_upper_bound_of_the_pool() -> None:
     ("arguments", "message"),
     [
         (("--gpus", "2"), "give --parameters, --checkpoint, or --gpus and Megatron's arguments"),
+        (("--gpu", "2"), "and Megatron's arguments; --gpu is none of this command's own"),
+        (("--parameters", "8B"), "argument --parameters: 8B: not a number such as 8e9"),
+        (
+            ("--gpus", "1", *COMMON.replace("--seq-length 64", "").split()),
+            "Megatron refuses the arguments: --seq-length is missing",
+        ),
         (("--parameters", "1e9", "--num-layers", "2"), "--num-layers cannot be used with"),
         (
             ("--gpus", "1", *COMMON.split(), "--hidden-sizes", "2"),
@@ -152,7 +159,7 @@ def test_wrong_arguments_exit_with_2_and_say_what(
 
 H, FFN, EXPERT, PADDED = 256, 1024, 128, 1024
 SIZES = f"""--num-layers 4 --hidden-size {H} --ffn-hidden-size {FFN} --num-attention-heads 8 --bf16
---seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --vocab-size 1000
+--seq-length 64 --max-position-embeddings 64 --vocab-size 1000
 --position-embedding-type rope --use-distributed-optimizer"""
 MOE = f"""--num-experts 8 --moe-layer-freq ([0]+[1]*3) --moe-ffn-hidden-size {EXPERT}
 --moe-router-topk 2 --moe-shared-expert-intermediate-size {EXPERT} --disable-bias-linear

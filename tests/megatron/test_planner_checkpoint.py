@@ -111,9 +111,9 @@ def test_the_command_prints_the_plan_of_a_checkpoint(saved: dict[str, Path]) -> 
     done = run("memory", "--checkpoint", str(saved[case]))
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"{largest.parameters} parameters on a rank of pipeline stage")
+    assert lines[0].startswith(f"{largest.parameters:,} parameters on a rank of pipeline stage")
     (flash,) = [line for line in lines if line.startswith("flash_adamw, 24-bit masters")]
-    assert flash[32:].split()[0] == str(2 * largest.flash_buffer)
+    assert flash[32:].split()[0] == f"{2 * largest.flash_buffer:,}"
 
 
 def test_inspect_says_what_megatron_saved_of_a_run(saved: dict[str, Path]) -> None:

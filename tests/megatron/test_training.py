@@ -85,7 +85,7 @@ def test_training_loop_resumes_bitwise_from_its_own_checkpoint(
     planned = run("memory", "--checkpoint", str(tmp_path / "whole"))
     weights = [tensor for key, tensor in ours.items() if not key.startswith("optimizer.")]
     parameters = sum(tensor.numel() for tensor in weights)
-    assert planned.stdout.startswith(f"{parameters} parameters on a rank"), planned.stderr
+    assert planned.stdout.startswith(f"{parameters:,} parameters on a rank"), planned.stderr
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -65,6 +66,9 @@ _NOT_GPT = {
     *("binary_head", "encoder", "language_model", "lm_head", "vision_model", "vision_projection"),
 }
 
+# What Megatron asserts, without a message, of a flag that it needs.
+_ASSERTED = re.compile(r"assert args\.(\w+) is not None$")
+
 
 class ArgumentsError(ValueError):
     """Megatron does not take the arguments, or the planner does not build what they say."""
@@ -89,6 +93,8 @@ def parse(arguments: Sequence[str], world_size: int, saved: SavedArgs | None = N
         torch.cuda.get_device_capability = lambda *_: (10, 0)
 
     def with_saved_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        # Megatron asks for it; what is planned does not depend on it.
+        parser.set_defaults(micro_batch_size=1)
         if saved is not None:
             known = {action.dest for action in parser._actions}
             taken = _taken_over(saved.args, arguments)
@@ -112,7 +118,8 @@ def parse(arguments: Sequence[str], world_size: int, saved: SavedArgs | None = N
         raise
     except (AssertionError, RuntimeError, ValueError) as problem:
         # Some of its assertions say nothing but what they assert.
-        said_by_megatron = str(problem) or traceback.extract_tb(problem.__traceback__)[-1].line
+        asserted = traceback.extract_tb(problem.__traceback__)[-1].line or ""
+        said_by_megatron = str(problem) or _ASSERTED.sub(_flag_is_missing, asserted)
         raise ArgumentsError(f"Megatron refuses the arguments: {said_by_megatron}") from problem
     finally:
         sys.argv = before
@@ -125,6 +132,11 @@ def parse(arguments: Sequence[str], world_size: int, saved: SavedArgs | None = N
         raise ArgumentsError("the vocabulary's size is unknown; add --vocab-size")
     _build_anywhere(args)
     return args
+
+
+def _flag_is_missing(asserted: re.Match[str]) -> str:
+    field = asserted[1].removeprefix("encoder_")  # Megatron's name for --seq-length
+    return f"--{field.replace('_', '-')} is missing"
 
 
 def refuse_other_checkpoints(saved: SavedArgs) -> None:
