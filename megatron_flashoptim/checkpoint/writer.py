@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import pickle
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from torch.distributed.checkpoint.planner import (
 from megatron_flashoptim.checkpoint.boxes import Box
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 
+# Characters of what the operating system said.
+_MAX_CAUSE = 300
 _RECORD = "part-{:06d}.record"
 
 
@@ -188,7 +191,7 @@ def write_part(
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say which folder could not be written, and that nothing is lost.
+    """Say which folder could not be written, and what to do.
 
     Raises:
         ValueError: instead of any ``OSError``, most of which name no file, and of the
@@ -199,7 +202,7 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as problem:
         raise ValueError(
             f"{folder} cannot be written ({_cause(problem)}); make room, or mend what that says, "
-            "and run the same command again: it goes on where it was"
+            "and run the same command again"
         ) from problem
 
 
@@ -208,7 +211,7 @@ def _cause(problem: BaseException) -> str:
     found: BaseException | None = problem
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
-    return str(found or problem)
+    return textwrap.shorten(str(found or problem), _MAX_CAUSE)  # shutil's name every file
 
 
 def read_record(records: Path, number: int) -> Record | None:

@@ -213,7 +213,7 @@ def test_what_cannot_be_written_is_one_line_and_goes_on(
     for name in ("write_part", "write_metadata"):
         said = limited(writer, name, 20_000, *command)
         assert f"error: {work / 'checkpoint'} cannot be written" in said
-        assert said.endswith("run the same command again: it goes on where it was")
+        assert "; make room, or mend what that says, and run the same command again" in said
         assert name == "write_metadata" or len(list((work / "records").iterdir())) == 1
     done = run("convert", *command)
     assert done.returncode == 0, done.stderr
