@@ -95,6 +95,32 @@ def test_a_checkpoint_is_planned_as_its_arguments_are(case: str, saved: dict[str
     assert len(changed.stages) == 1 and changed.data_parallel_size == 2
 
 
+def test_fp16_is_refused_until_bf16_is_given(
+    saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_flashoptim.megatron.memory import planner
+
+    folder = str(saved["adam, torch_dist"])
+    wanted = _forked("plan_checkpoint", folder)
+    original = planner.read_saved_args
+
+    def of_fp16(path: Path) -> Any:
+        found = original(path)
+        found.args.fp16, found.args.bf16 = True, False
+        return found
+
+    monkeypatch.setattr(planner, "read_saved_args", of_fp16)
+    with pytest.raises(ValueError, match=r"arguments saved in .*: --fp16 is not planned.*--bf16"):
+        _forked("plan_checkpoint", folder)
+    assert _forked("plan_checkpoint", folder, ["--bf16"]) == wanted
+    monkeypatch.undo()
+    typed = [*(flag for flag in MODEL if flag != "--bf16"), "--fp16"]
+    with pytest.raises(planner.ArgumentsError, match=r"^--fp16 is not planned"):
+        _forked("plan", typed, 2)
+    with pytest.raises(planner.ArgumentsError, match="flash_adamw cannot be used with --fp16"):
+        _forked("plan", [*typed, "--optimizer", "flash_adamw"], 2)
+
+
 def test_gradient_release_is_that_of_the_checkpoint_until_an_optimizer_is_given(
     saved: dict[str, Path],
 ) -> None:

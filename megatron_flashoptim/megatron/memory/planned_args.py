@@ -163,6 +163,8 @@ def _taken_over(args: argparse.Namespace, arguments: Sequence[str]) -> dict[str,
         for key, value in vars(args).items()
         if key not in _DERIVED and not key.startswith(_WITHOUT_EFFECT)
     }
+    if "--bf16" in given:
+        taken.pop("fp16", None)  # Megatron refuses both
     if "--pipeline-model-parallel-size" in given:
         taken = {key: value for key, value in taken.items() if key not in _PIPELINE_LAYOUT}
     for key in _AS_TENSOR_PARALLEL:
@@ -193,6 +195,10 @@ def _refuse_other_optimizers(args: Any) -> None:
     if getattr(args, FIELD) is None and args.optimizer not in OPTIMIZERS:
         raise ArgumentsError(
             f"--optimizer {args.optimizer} is none of {', '.join(OPTIMIZERS)}, which are planned"
+        )
+    if getattr(args, FIELD) is None and args.fp16:  # where it is not, the optimizer's own refusal
+        raise ArgumentsError(
+            "--fp16 is not planned: flash optimizers take bf16 or fp32 weights; give --bf16"
         )
 
 
