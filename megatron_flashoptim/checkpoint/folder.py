@@ -6,14 +6,14 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.core import maybe_load_config
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.damage import WAYS_OUT, check_files, reason, unreadable
 from megatron_flashoptim.checkpoint.iterations import iteration_folder, number_of
 from megatron_flashoptim.checkpoint.model_space import PREFIX
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
@@ -26,16 +26,8 @@ WEIGHTS = "weights"
 MASTER = "param"
 OLDER_MASTER = "fp32_param"
 _IN_MODEL_SPACE = re.compile(rf"(?:chained_\d+\.)?{re.escape(PREFIX)}\.(?P<kind>\w+?)\.(?P<key>.+)")
-# What reading a damaged or foreign file raises; torch's own is not even an Exception.
-UNREADABLE = (
-    CheckpointException,
-    CheckpointingException,
-    UnpicklingError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-)
+# What reading a damaged or foreign file raises, anything; torch's own is not even an Exception.
+UNREADABLE = (CheckpointException, Exception)
 _IN_BUCKETS = "optimizer.distributed.dp_group_idx_"
 
 
@@ -89,18 +81,23 @@ class CheckpointFolder:
         return found
 
 
-def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFolder:
+def open_folder(
+    path: str | Path, iteration: int | None = None, *, checked: bool = False
+) -> CheckpointFolder:
     """Open a checkpoint for reading; loads its description, no tensors.
 
     Args:
         path, iteration: as of ``iteration_folder``.
+        checked: as of ``CheckpointReader``.
 
     Raises:
-        ValueError: it is no ``torch_dist`` checkpoint; says what it is and what to do.
+        ValueError: it is no ``torch_dist`` checkpoint, or files of it are missing, too short or
+            damaged; says what it is and what to do.
     """
     folder = iteration_folder(path, iteration)
     check_format(folder)
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, checked=checked)
+    check_files(folder, reader.metadata)
     common = load_common(folder)
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
@@ -124,18 +121,15 @@ def load_common(folder: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             found: dict[str, Any] = load_common_state_dict(str(folder))
     except UNREADABLE as problem:
+        file = folder / "common.pt"  # of releases before 0.19; since then beside the tensors
+        where = file if file.is_file() else f"the common state of the checkpoint in {folder}"
         raise ValueError(
-            f"the common state of the checkpoint in {folder} cannot be read ({reason(problem)}); "
-            "the files may be damaged, or hold classes that Megatron does not list as safe to load"
+            f"{where} cannot be read ({reason(problem)}): it may hold classes that Megatron does "
+            f"not list as safe to load, or be damaged. {WAYS_OUT}"
         ) from problem
+    if not isinstance(found, dict):
+        raise unreadable(folder, TypeError(f"its common state is a {type(found).__name__}"))
     return found
-
-
-def reason(problem: BaseException) -> str:
-    """Return the first sentence of an exception's message; torch's go on for a page, in bold."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
-    first = plain.strip().partition("\n")[0].partition(". ")[0]
-    return first or type(problem).__name__
 
 
 def check_format(folder: Path) -> None:
@@ -155,7 +149,10 @@ def check_format(folder: Path) -> None:
             f"{folder} has no .metadata: it is no torch_dist checkpoint, or its save was "
             "interrupted"
         )
-    config = maybe_load_config(str(folder))
+    try:
+        config = maybe_load_config(str(folder))
+    except Exception as problem:  # cut short, no JSON, or not what Megatron writes
+        raise unreadable(folder / "metadata.json", problem) from problem
     backend = getattr(config, "sharded_backend", None)
     if backend != "torch_dist":
         raise ValueError(
