@@ -19,6 +19,7 @@ import torch
 
 from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
 from megatron_flashoptim.checkpoint.folder import WEIGHTS, CheckpointFolder, open_folder
+from megatron_flashoptim.checkpoint.metadata import RESAVE
 from megatron_flashoptim.checkpoint.model_state import ModelState, Span
 from megatron_flashoptim.checkpoint.recoding import SPAN
 from megatron_flashoptim.checkpoint.writer import content_hash
@@ -82,18 +83,21 @@ class WeightsExport:
     def __init__(
         self, source: Path, destination: Path, dtype: torch.dtype, iteration: int | None = None
     ) -> None:
-        self.folder: CheckpointFolder = open_folder(source, iteration)
+        self.folder: CheckpointFolder = open_folder(source, iteration, checked=True)
         self.destination = destination
         self._dtype = dtype
         self._state = ModelState(self.folder)
         if dtype == torch.float32 and not self.folder.state():
-            what = (
-                "holds weights only"
-                if self.folder.optimizer == WEIGHTS
-                else f"has the sharding type {self.folder.sharding_type}, in which only a run of "
-                "the same layout knows which master is whose"
+            what, otherwise = "holds weights only", ""
+            if self.folder.optimizer != WEIGHTS:
+                what = (
+                    f"has the sharding type {self.folder.sharding_type}, in which only a run of "
+                    "the same layout knows which master is whose"
+                )
+                otherwise = f"; for the fp32 masters {RESAVE}"
+            raise ValueError(
+                f"{self.folder.path} {what}: give --dtype bf16 for the model weights{otherwise}"
             )
-            raise ValueError(f"{self.folder.path} {what}: give --dtype bf16 for the model weights")
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise ValueError(f"{destination} is there already; remove it, or give another folder")
         self.tensors = self._placed()
@@ -130,7 +134,7 @@ class WeightsExport:
 
     def bytes_of_result(self) -> int:
         """Return the bytes of all files but the index."""
-        data = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
+        data = sum(map(bytes_of_tensor, self.tensors))
         return data + sum(len(header) for header in self._headers.values())
 
     @torch.no_grad()
@@ -138,7 +142,8 @@ class WeightsExport:
         """Write all files beside the destination, read them back, and move them into place.
 
         Raises:
-            ValueError: too little disk space, or a file that reads otherwise than written.
+            ValueError: too little disk space, a source that is damaged, or a file that reads
+                otherwise than written.
             ImportError: the safetensors package is missing.
         """
         import safetensors  # noqa: F401  (for its ImportError, before hours of work, not after)
@@ -154,19 +159,26 @@ class WeightsExport:
                 f"{self.destination} has {free / 1e9:.1f} GB free, the result needs "
                 f"{self.bytes_of_result() / 1e9:.1f} GB"
             )
-        _verify(work, self._write(work, progress), progress)
-        self._write_index(work)
-        if self.destination.exists():
-            self.destination.rmdir()
-        work.rename(self.destination)
+        try:
+            _verify(work, self._write(work, progress), progress)
+            self._write_index(work)
+            if self.destination.exists():
+                self.destination.rmdir()
+            work.rename(self.destination)
+        except BaseException:  # nothing goes on from what is there
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
     def _write(self, work: Path, progress: Callable[[str, int, int], None]) -> list[_Written]:
         for name, header in self._headers.items():
             with open(work / name, "wb") as file:
                 file.write(header)
-                file.truncate(max(t.start + _bytes(t) for t in self.tensors if t.file == name))
+                file.truncate(
+                    max(t.start + bytes_of_tensor(t) for t in self.tensors if t.file == name)
+                )
         written = []
         done = 0
+        progress("converting", done, self.numel())
         for tensor in self.tensors:
             for span in self._spans(tensor.key):
                 values = self._values(span).to(tensor.dtype)
@@ -189,13 +201,14 @@ class WeightsExport:
 
     def _write_index(self, work: Path) -> None:
         index = {
-            "metadata": {"total_size": sum(map(_bytes, self.tensors))},
+            "metadata": {"total_size": sum(map(bytes_of_tensor, self.tensors))},
             "weight_map": {tensor.key: tensor.file for tensor in self.tensors},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _bytes(tensor: Placed) -> int:
+def bytes_of_tensor(tensor: Placed) -> int:
+    """Return the bytes of a tensor in its file."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
@@ -250,6 +263,7 @@ def _verify(work: Path, written: list[_Written], progress: Callable[[str, int, i
 
     total = sum(each.box.numel() for each in written)
     done = 0
+    progress("verifying", done, total)
     for each in written:
         key, box = each.tensor.key, each.box
         inside = tuple(slice(a, a + b) for a, b in zip(box.offset, box.shape, strict=True))
