@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 # Files to name in an error; a damaged file system may have thousands.
 _MAX_NAMED = 5
+# Megatron's, of --verify-integrity: a hash of each file.
+_MANIFEST = "integrity.json"
 # For whoever reads it, a run or a command.
 WAYS_OUT = (
     "Copy it again from where it is whole, or take an earlier iteration (--ckpt-step N of a run, "
@@ -32,13 +36,14 @@ def read_metadata(folder: str | Path) -> Metadata:
     except Exception as problem:  # a damaged pickle raises whatever it happens to call
         raise unreadable(file, problem) from problem
     if not isinstance(found, Metadata):
-        raise unreadable(file, TypeError(f"it holds a {type(found).__name__}"))
+        raise unreadable(file, f"of type {type(found).__name__}")
     return found
 
 
-def unreadable(file: str | Path, problem: BaseException) -> ValueError:
+def unreadable(file: str | Path, problem: BaseException | str) -> ValueError:
     """Return the error of one of the files that describe a checkpoint."""
-    return ValueError(f"{file} cannot be read ({reason(problem)}): it is damaged. {WAYS_OUT}")
+    said = problem if isinstance(problem, str) else reason(problem)
+    return ValueError(f"{file} cannot be read ({said}): it is damaged. {WAYS_OUT}")
 
 
 def reason(problem: BaseException) -> str:
@@ -93,6 +98,35 @@ def check_files(folder: str | Path, metadata: Metadata | None = None) -> None:
         metadata = read_metadata(folder)
     if found := missing_or_short(folder, metadata):
         raise ValueError(f"the checkpoint in {folder} is damaged: {found}. {WAYS_OUT}")
+
+
+def check_manifest(folder: str | Path) -> None:
+    """Compare all files but those of tensors with Megatron's integrity manifest, if there is one.
+
+    Tensors are compared with sums of their own when they are read, see ``CheckpointReader``.
+
+    Raises:
+        ValueError: names the manifest where it is damaged, or the file that is another.
+    """
+    manifest = Path(folder, _MANIFEST)
+    if not manifest.is_file():
+        return
+    try:
+        saved = json.loads(manifest.read_bytes())
+        files, algorithm = dict(saved["files"]), str(saved["algorithm"])
+        hashlib.new(algorithm)
+    except Exception as problem:  # cut short, no JSON, or not what Megatron writes
+        raise unreadable(manifest, problem) from problem
+    for name, digest in files.items():
+        file = Path(folder, name)
+        if name.endswith(".distcp") or not file.is_file():
+            continue
+        with open(file, "rb") as opened:
+            if hashlib.file_digest(opened, algorithm).hexdigest() != digest:
+                raise ValueError(
+                    f"the checkpoint in {folder} is damaged: {name} is not the file of which "
+                    f"{_MANIFEST} has a hash. {WAYS_OUT}"
+                )
 
 
 def check_files_together(folder: str | Path) -> None:

@@ -13,7 +13,13 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flashoptim.checkpoint import metadata
-from megatron_flashoptim.checkpoint.damage import WAYS_OUT, check_files, reason, unreadable
+from megatron_flashoptim.checkpoint.damage import (
+    WAYS_OUT,
+    check_files,
+    check_manifest,
+    reason,
+    unreadable,
+)
 from megatron_flashoptim.checkpoint.iterations import iteration_folder, number_of
 from megatron_flashoptim.checkpoint.model_space import PREFIX
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
@@ -88,7 +94,8 @@ def open_folder(
 
     Args:
         path, iteration: as of ``iteration_folder``.
-        checked: as of ``CheckpointReader``.
+        checked: as of ``CheckpointReader``; and compare what has no CRC-32, the files that
+            describe the checkpoint, with its integrity manifest, if it has one.
 
     Raises:
         ValueError: it is no ``torch_dist`` checkpoint, or files of it are missing, too short or
@@ -96,6 +103,8 @@ def open_folder(
     """
     folder = iteration_folder(path, iteration)
     check_format(folder)
+    if checked:
+        check_manifest(folder)
     reader = CheckpointReader(folder, checked=checked)
     check_files(folder, reader.metadata)
     common = load_common(folder)
@@ -128,7 +137,7 @@ def load_common(folder: Path) -> dict[str, Any]:
             f"not list as safe to load, or be damaged. {WAYS_OUT}"
         ) from problem
     if not isinstance(found, dict):
-        raise unreadable(folder, TypeError(f"its common state is a {type(found).__name__}"))
+        raise unreadable(folder, f"its common state is of type {type(found).__name__}")
     return found
 
 
