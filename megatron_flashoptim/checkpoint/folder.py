@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flashoptim.checkpoint import metadata
@@ -23,10 +25,14 @@ from megatron_flashoptim.checkpoint.damage import (
 from megatron_flashoptim.checkpoint.iterations import iteration_folder, number_of
 from megatron_flashoptim.checkpoint.model_space import PREFIX
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
+from megatron_flashoptim.checkpoint.torch_file import check_archive
 
 ADAM = "adam"
 FLASH = "flash"
 WEIGHTS = "weights"
+
+# Key of Megatron's common state among the byte strings; releases before 0.19 have a file instead.
+COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
 
 # Names that Megatron's Adam has for the fp32 master, the second in releases before 0.16.
 MASTER = "param"
@@ -107,6 +113,8 @@ def open_folder(
         check_manifest(folder)
     reader = CheckpointReader(folder, checked=checked)
     check_files(folder, reader.metadata)
+    if checked:
+        _check_common(reader)
     common = load_common(folder)
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
@@ -114,6 +122,22 @@ def open_folder(
     if number is None and folder.name != "release":  # copied to a folder of another name
         number = common.get("iteration")
     return CheckpointFolder(folder, number, reader, common, optimizer, sharding_type)
+
+
+def _check_common(reader: CheckpointReader) -> None:
+    """Compare the common state with its CRC-32, which torch does not when it loads.
+
+    Raises:
+        ValueError: names the file, and the key if it is among tensors.
+    """
+    file = reader.folder / COMMON_STATE_FNAME
+    if file.is_file():
+        try:
+            check_archive(file.read_bytes())
+        except Exception as problem:  # a damaged archive raises anything
+            raise unreadable(file, problem) from problem
+    elif COMMON_KEY in reader.byte_strings():
+        reader.read_bytes(COMMON_KEY)
 
 
 def load_common(folder: Path) -> dict[str, Any]:
@@ -130,7 +154,7 @@ def load_common(folder: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             found: dict[str, Any] = load_common_state_dict(str(folder))
     except UNREADABLE as problem:
-        file = folder / "common.pt"  # of releases before 0.19; since then beside the tensors
+        file = folder / COMMON_STATE_FNAME
         where = file if file.is_file() else f"the common state of the checkpoint in {folder}"
         raise ValueError(
             f"{where} cannot be read ({reason(problem)}): it may hold classes that Megatron does "

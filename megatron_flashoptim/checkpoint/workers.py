@@ -14,9 +14,9 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_flashoptim.checkpoint import common_state, quiet, writer
+from megatron_flashoptim.checkpoint import quiet, writer
 from megatron_flashoptim.checkpoint.deviation import Report
-from megatron_flashoptim.checkpoint.folder import CheckpointFolder, open_folder
+from megatron_flashoptim.checkpoint.folder import COMMON_KEY, CheckpointFolder, open_folder
 from megatron_flashoptim.checkpoint.model_state import Chunk, Span
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.checkpoint.recoding import Recoding
@@ -150,7 +150,7 @@ def _write(job: Job, task: PartTask) -> int:
 
     def produce(index: MetadataIndex) -> torch.Tensor | bytes:
         if index.offset is None:
-            return task.common if index.fqn == common_state.KEY else reader.read_bytes(index.fqn)
+            return task.common if index.fqn == COMMON_KEY else reader.read_bytes(index.fqn)
         wanted = (index.fqn, tuple(index.offset))
         if wanted not in current:
             current.clear()

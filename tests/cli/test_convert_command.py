@@ -48,7 +48,11 @@ def _files(folder: Path) -> dict[str, bytes]:
 def _check_printed(done: Done) -> None:
     """On stderr stands how far it is, and nothing else; how fast, once something is done."""
     assert done.returncode == 0, done.stderr
+    phases = set()
     for line in done.stderr.splitlines():
+        phase, share, *_ = line.split()
+        assert phase in phases or share == "0%", line
+        phases.add(phase)
         assert re.fullmatch(r"\w+ +(0%|\d+%  [\d.]+ [Mk] elements/s(, \d+ s left)?)", line), line
         assert "  0.0 " not in line
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from megatron_flashoptim.cli import main
@@ -74,6 +77,14 @@ def _not_of_the_manifest(folder: Path) -> None:
     file.write_text(file.read_text() + " ")
 
 
+def _common_flipped(folder: Path) -> None:
+    """Of a release before 0.19, with a value that reads as well as before."""
+    torch.save({"iteration": 2, "optimizer": {"lr": torch.ones(99)}}, folder / "common.pt")
+    content = (folder / "common.pt").read_bytes()
+    assert content.count(torch.ones(99).numpy().tobytes()) == 1
+    (folder / "common.pt").write_bytes(content.replace(torch.ones(3).numpy().tobytes(), b"\0" * 12))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "metadata cut": (_cut(".metadata", 500), "/.metadata cannot be read ("),
     "metadata empty": (_cut(".metadata", 0), "/.metadata cannot be read ("),
@@ -91,6 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "common garbage": (_overwritten("common.pt", b"\x00r" * 99), "/common.pt cannot be read ("),
     "manifest cut": (_overwritten("integrity.json", b"{"), "/integrity.json cannot be read ("),
     "not of the manifest": (_not_of_the_manifest, "is damaged: metadata.json is not the file of"),
+    "common flipped": (_common_flipped, "/common.pt cannot be read (its bytes are not those"),
     "data cut": (_data_cut, "is damaged: __0_0.distcp has "),
     "data missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
 }
@@ -103,11 +115,11 @@ def test_damaged_files_are_named_by_every_command(
     from megatron_flashoptim.checkpoint.saved_args import read_saved_args
 
     make, says = DAMAGES[damage]
-    of_convert = "manifest" in damage
+    of_convert = "manifest" in damage or damage == "common flipped"
     make(saved)
     new = str(tmp_path / "new")
     for command in (
-        ("convert", "--to", "flash", str(saved), new),
+        ("convert", "--to", "flash", "--dry-run", str(saved), new),
         ("convert", "--to", "weights", "--dtype", "bf16", str(saved), new),
         *(() if of_convert else (("inspect", str(saved), "--no-report"),)),
     ):
@@ -119,12 +131,19 @@ def test_damaged_files_are_named_by_every_command(
             read_saved_args(saved)
 
 
-def _items(folder: Path) -> Iterator[tuple[str, Path, int, int]]:
-    """Yield key, file, first byte and length of each saved item."""
+def _items(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Return the file of each saved item, and a byte in the middle of its contents."""
     from megatron_flashoptim.checkpoint.reader import CheckpointReader
 
+    found = {}
     for index, info in CheckpointReader(folder).metadata.storage_data.items():
-        yield index.fqn, folder / info.relative_path, info.offset, info.length
+        file = folder / info.relative_path
+        item = file.read_bytes()[info.offset : info.offset + info.length]
+        with ZipFile(io.BytesIO(item)) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+            start = item.index(archive.read(largest))
+        found[index.fqn] = file, info.offset + start + largest.file_size // 2
+    return found
 
 
 def _flip(file: Path, position: int) -> None:
@@ -135,21 +154,23 @@ def _flip(file: Path, position: int) -> None:
         opened.write(bytes([old ^ 1]))
 
 
-@pytest.mark.parametrize("kind", ["weight", "param", "exp_avg", "bytes"])
+@pytest.mark.parametrize("kind", ["weight", "param", "exp_avg", "rng", "common"])
 def test_one_flipped_bit_is_found(
     kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a weight, a master, a moment, and what is no tensor; nothing is left behind."""
+    from megatron_flashoptim.checkpoint.folder import COMMON_KEY
+
     wanted = {
         "weight": "embedding.word_embeddings.weight",
         "param": "optimizer.state.param.embedding.word_embeddings.weight",
         "exp_avg": "optimizer.state.exp_avg.embedding.word_embeddings.weight",
+        "common": COMMON_KEY,
     }
-    by_key = {key: rest for key, *rest in _items(saved)}
-    strings = [key for key in by_key if "rng" in key or "_extra_state" in key]
-    key = wanted.get(kind) or strings[0]
-    file, offset, length = by_key[key]
-    _flip(file, offset + length // 2)
+    items = _items(saved)
+    key = wanted.get(kind) or next(key for key in items if "rng" in key or "_extra" in key)
+    file, position = items[key]
+    _flip(file, position)
     folders = (str(saved), str(tmp_path / "new"))
     commands: list[tuple[str, ...]] = [("convert", "--to", "flash", *folders)]
     if kind in ("weight", "param"):
@@ -159,7 +180,7 @@ def test_one_flipped_bit_is_found(
         said = _error(capsys, *command)
         assert f"is damaged: {key} in {file.name}: its bytes are not those" in said
         assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    _flip(file, offset + length // 2)
+    _flip(file, position)
     assert main(commands[0]) == 0
 
 
@@ -171,14 +192,14 @@ def test_what_was_finished_before_damage_is_kept_and_gone_on_with(
     monkeypatch.setattr(offline, "_PART", 1 << 13)
     command = ("convert", "--to", "flash", str(saved), str(tmp_path / "new"))
     last = "optimizer.state.exp_avg_sq.embedding.word_embeddings.weight"
-    file, offset, length = next(rest for key, *rest in _items(saved) if key == last)
-    _flip(file, offset + length // 2)
+    file, position = _items(saved)[last]
+    _flip(file, position)
     said = _error(capsys, *command)
     work = tmp_path / "new" / f".converting-{NAME}"
     assert f"is damaged: {last}" in said
     assert f"kept in {work}: the same command goes on" in said
     assert list((tmp_path / "new").iterdir()) == [work]
-    _flip(file, offset + length // 2)
+    _flip(file, position)
     assert main(command) == 0
     assert re.search(r"^\d+ of \d+ parts were there", capsys.readouterr().out, re.MULTILINE)
     assert not work.exists()
