@@ -131,8 +131,8 @@ def test_damaged_files_are_named_by_every_command(
             read_saved_args(saved)
 
 
-def _items(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Return the file of each saved item, and a byte in the middle of its contents."""
+def _items(folder: Path, *, described: bool = False) -> dict[str, tuple[Path, int]]:
+    """Return the file of each saved item, and a byte in the middle of contents or description."""
     from megatron_flashoptim.checkpoint.reader import CheckpointReader
 
     found = {}
@@ -140,9 +140,11 @@ def _items(folder: Path) -> dict[str, tuple[Path, int]]:
         file = folder / info.relative_path
         item = file.read_bytes()[info.offset : info.offset + info.length]
         with ZipFile(io.BytesIO(item)) as archive:
-            largest = max(archive.infolist(), key=lambda record: record.file_size)
-            start = item.index(archive.read(largest))
-        found[index.fqn] = file, info.offset + start + largest.file_size // 2
+            record = max(archive.infolist(), key=lambda each: each.file_size)
+            if described:
+                record = next(each for each in archive.infolist() if "data.pkl" in each.filename)
+            start = item.index(archive.read(record))
+        found[index.fqn] = file, info.offset + start + record.file_size // 2
     return found
 
 
@@ -154,7 +156,7 @@ def _flip(file: Path, position: int) -> None:
         opened.write(bytes([old ^ 1]))
 
 
-@pytest.mark.parametrize("kind", ["weight", "param", "exp_avg", "rng", "common"])
+@pytest.mark.parametrize("kind", ["weight", "shape", "param", "exp_avg", "rng", "common"])
 def test_one_flipped_bit_is_found(
     kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,11 +165,12 @@ def test_one_flipped_bit_is_found(
 
     wanted = {
         "weight": "embedding.word_embeddings.weight",
+        "shape": "embedding.word_embeddings.weight",
         "param": "optimizer.state.param.embedding.word_embeddings.weight",
         "exp_avg": "optimizer.state.exp_avg.embedding.word_embeddings.weight",
         "common": COMMON_KEY,
     }
-    items = _items(saved)
+    items = _items(saved, described=kind == "shape")
     key = wanted.get(kind) or next(key for key in items if "rng" in key or "_extra" in key)
     file, position = items[key]
     _flip(file, position)
