@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder
 from megatron_flashoptim.optim.config import FlashOptimConfig, arguments
 from megatron_flashoptim.optim.rules import RULES, rule_of
-
-# Key of the state among the byte strings; releases before 0.19 have a file instead.
-KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
 
 _EXPERTS = "is_expert_parallel"
 # What implementations of Adam keep in param groups beside Megatron's options: torch's AdamW and the

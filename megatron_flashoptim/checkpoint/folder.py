@@ -6,36 +6,40 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint.damage import (
+    WAYS_OUT,
+    check_files,
+    check_manifest,
+    reason,
+    unreadable,
+)
 from megatron_flashoptim.checkpoint.iterations import iteration_folder, number_of
 from megatron_flashoptim.checkpoint.model_space import PREFIX
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
+from megatron_flashoptim.checkpoint.torch_file import check_archive
 
 ADAM = "adam"
 FLASH = "flash"
 WEIGHTS = "weights"
 
+# Key of Megatron's common state among the byte strings; releases before 0.19 have a file instead.
+COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
+
 # Names that Megatron's Adam has for the fp32 master, the second in releases before 0.16.
 MASTER = "param"
 OLDER_MASTER = "fp32_param"
 _IN_MODEL_SPACE = re.compile(rf"(?:chained_\d+\.)?{re.escape(PREFIX)}\.(?P<kind>\w+?)\.(?P<key>.+)")
-# What reading a damaged or foreign file raises; torch's own is not even an Exception.
-UNREADABLE = (
-    CheckpointException,
-    CheckpointingException,
-    UnpicklingError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-)
+# What reading a damaged or foreign file raises, anything; torch's own is not even an Exception.
+UNREADABLE = (CheckpointException, Exception)
 _IN_BUCKETS = "optimizer.distributed.dp_group_idx_"
 
 
@@ -89,18 +93,28 @@ class CheckpointFolder:
         return found
 
 
-def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFolder:
+def open_folder(
+    path: str | Path, iteration: int | None = None, *, checked: bool = False
+) -> CheckpointFolder:
     """Open a checkpoint for reading; loads its description, no tensors.
 
     Args:
         path, iteration: as of ``iteration_folder``.
+        checked: as of ``CheckpointReader``; and compare what has no CRC-32, the files that
+            describe the checkpoint, with its integrity manifest, if it has one.
 
     Raises:
-        ValueError: it is no ``torch_dist`` checkpoint; says what it is and what to do.
+        ValueError: it is no ``torch_dist`` checkpoint, or files of it are missing, too short or
+            damaged; says what it is and what to do.
     """
     folder = iteration_folder(path, iteration)
     check_format(folder)
-    reader = CheckpointReader(folder)
+    if checked:
+        check_manifest(folder)
+    reader = CheckpointReader(folder, checked=checked)
+    check_files(folder, reader.metadata)
+    if checked:
+        _check_common(reader)
     common = load_common(folder)
     content = common.get("content_metadata") or {}
     optimizer, sharding_type = _whose(reader, content)
@@ -108,6 +122,22 @@ def open_folder(path: str | Path, iteration: int | None = None) -> CheckpointFol
     if number is None and folder.name != "release":  # copied to a folder of another name
         number = common.get("iteration")
     return CheckpointFolder(folder, number, reader, common, optimizer, sharding_type)
+
+
+def _check_common(reader: CheckpointReader) -> None:
+    """Compare the common state with its CRC-32, which torch does not when it loads.
+
+    Raises:
+        ValueError: names the file, and the key if it is among tensors.
+    """
+    file = reader.folder / COMMON_STATE_FNAME
+    if file.is_file():
+        try:
+            check_archive(file.read_bytes())
+        except Exception as problem:  # a damaged archive raises anything
+            raise unreadable(file, problem) from problem
+    elif COMMON_KEY in reader.byte_strings():
+        reader.read_bytes(COMMON_KEY)
 
 
 def load_common(folder: Path) -> dict[str, Any]:
@@ -124,18 +154,15 @@ def load_common(folder: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             found: dict[str, Any] = load_common_state_dict(str(folder))
     except UNREADABLE as problem:
+        file = folder / COMMON_STATE_FNAME
+        where = file if file.is_file() else f"the common state of the checkpoint in {folder}"
         raise ValueError(
-            f"the common state of the checkpoint in {folder} cannot be read ({reason(problem)}); "
-            "the files may be damaged, or hold classes that Megatron does not list as safe to load"
+            f"{where} cannot be read ({reason(problem)}): it may hold classes that Megatron does "
+            f"not list as safe to load, or be damaged. {WAYS_OUT}"
         ) from problem
+    if not isinstance(found, dict):
+        raise unreadable(folder, f"its common state is of type {type(found).__name__}")
     return found
-
-
-def reason(problem: BaseException) -> str:
-    """Return the first sentence of an exception's message; torch's go on for a page, in bold."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
-    first = plain.strip().partition("\n")[0].partition(". ")[0]
-    return first or type(problem).__name__
 
 
 def check_format(folder: Path) -> None:
@@ -155,7 +182,10 @@ def check_format(folder: Path) -> None:
             f"{folder} has no .metadata: it is no torch_dist checkpoint, or its save was "
             "interrupted"
         )
-    config = maybe_load_config(str(folder))
+    try:
+        config = maybe_load_config(str(folder))
+    except Exception as problem:  # cut short, no JSON, or not what Megatron writes
+        raise unreadable(folder / "metadata.json", problem) from problem
     backend = getattr(config, "sharded_backend", None)
     if backend != "torch_dist":
         raise ValueError(

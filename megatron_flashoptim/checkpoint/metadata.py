@@ -23,6 +23,11 @@ SHARDING_TYPE = "distrib_optim_sharding_type"
 DP_RESHARDABLE = "dp_reshardable"
 FULLY_RESHARDABLE = "fully_reshardable"
 FULLY_SHARDED_MODEL_SPACE = "fully_sharded_model_space"
+# How a checkpoint in dp_reshardable becomes one that can be converted without a run.
+RESAVE = (
+    "load it in a run of the optimizer and layout that saved it, save once with "
+    "--dist-ckpt-optim-fully-reshardable, and convert that"
+)
 SUPPORTED_SHARDING_TYPES = (DP_RESHARDABLE, FULLY_RESHARDABLE)
 # Of Megatron's own Adam, to be converted.
 STOCK_SHARDING_TYPES = (*SUPPORTED_SHARDING_TYPES, FULLY_SHARDED_MODEL_SPACE)

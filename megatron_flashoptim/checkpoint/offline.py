@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from typing import Any
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, save_integrity_manifest
 
 from megatron_flashoptim.checkpoint import common_state, metadata, param_groups, workers, writer
-from megatron_flashoptim.checkpoint.damage import check_files
+from megatron_flashoptim.checkpoint.damage import missing_or_short, read_metadata
 from megatron_flashoptim.checkpoint.deviation import Report
-from megatron_flashoptim.checkpoint.folder import FLASH, CheckpointFolder, open_folder
+from megatron_flashoptim.checkpoint.folder import ADAM, FLASH, CheckpointFolder, open_folder
 from megatron_flashoptim.checkpoint.iterations import TRACKER, check_destination
 from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
@@ -103,7 +104,7 @@ class Conversion:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.folder = open_folder(request.source, request.iteration)
+        self.folder = open_folder(request.source, request.iteration, checked=True)
         check_destination(request.destination, self.folder.path)
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
@@ -121,14 +122,21 @@ class Conversion:
 
     def _check_request(self) -> None:
         request, folder = self.request, self.folder
-        check_files(folder.path)
         if folder.sharding_type == metadata.DP_RESHARDABLE:
+            if request.target == folder.optimizer == ADAM:
+                raise ValueError(
+                    f"{folder.path} is a checkpoint of Megatron's Adam already; what --repair "
+                    "mends is not in dp_reshardable"
+                )
+            loads = ""
+            if request.target == FLASH and self.recoding.keeps_moments:
+                loads = (
+                    f"--load it with --optimizer {self.recoding.flash.optimizer}, which converts "
+                    "it while loading; or "
+                )
             raise ValueError(
                 f"{folder.path} has the sharding type dp_reshardable, in which only a run of the "
-                "same layout knows which element is whose. --load it with --optimizer "
-                f"{self.recoding.flash.optimizer}, which converts it while loading; or have the "
-                "run that saved it save once with --dist-ckpt-optim-fully-reshardable and convert "
-                "that"
+                f"same layout knows which element is whose: {loads}{metadata.RESAVE}"
             )
         self.recoding.check(repair=request.repair)
 
@@ -169,9 +177,30 @@ class Conversion:
         Raises:
             ValueError: masters that are not those of the weights without ``repair``; too little
                 disk space; an unfinished conversion of something else in the destination; a
-                file that was not written as it should be.
+                source that is damaged; a file that was not written as it should be. What is
+                finished is kept then, for the same conversion to go on with, and the error says
+                where; before any part is, nothing is left.
         """
-        self._begin()
+        made = not self.request.destination.exists()
+        self._begin(made)
+        try:
+            return self._run(progress)
+        except (ValueError, OSError, BrokenExecutor) as problem:
+            if any(self._record(number) is not None for number in range(len(self.parts))):
+                raise ValueError(
+                    f"{problem}. What is finished is kept in {self._work}: the same command goes "
+                    "on with it; delete it if you do not"
+                ) from problem
+            self._discard(made)
+            raise
+
+    def _discard(self, made: bool) -> None:
+        """Remove the working folder, and the destination if this conversion made it."""
+        shutil.rmtree(self._work)
+        if made:
+            self.request.destination.rmdir()
+
+    def _run(self, progress: Progress) -> Result:
         resumed = sum(self._record(number) is not None for number in range(len(self.parts)))
         with workers.Pool(self._job(), self.request.processes) as pool:
             damaged = self._damaged(pool, progress)
@@ -196,7 +225,7 @@ class Conversion:
             parts=len(self.parts),
         )
 
-    def _begin(self) -> None:
+    def _begin(self, made: bool) -> None:
         """Make the working folder, or check that the one there is this conversion's."""
         identity = self._identity()
         path = self._work / "conversion.json"
@@ -211,7 +240,7 @@ class Conversion:
         self._records.mkdir(exist_ok=True)
         needed, free = self.bytes_of_result(), shutil.disk_usage(self._work).free
         if needed > free:
-            shutil.rmtree(self._work)
+            self._discard(made)
             raise ValueError(
                 f"{self.request.destination} has {free / 1e9:.1f} GB free, the result needs "
                 f"{needed / 1e9:.1f} GB"
@@ -250,6 +279,8 @@ class Conversion:
         else:
             total = sum(chunk.box.numel() for chunk in chunks)
             done, numbers = 0, []
+            if chunks:
+                progress("checking", done, total)
             for number, belongs in pool.check(chunks):
                 done += chunks[number].box.numel()
                 progress("checking", done, total)
@@ -258,7 +289,6 @@ class Conversion:
             _write_safely(path, json.dumps(sorted(numbers)))
         damaged = [chunks[number] for number in sorted(numbers)]
         if damaged and not self.request.repair:
-            shutil.rmtree(self._work)
             Report(damaged=[chunk.name for chunk in damaged]).check()
         return damaged
 
@@ -315,9 +345,11 @@ class Conversion:
 
     def _verify(self, pool: workers.Pool, progress: Progress) -> None:
         """Read everything back, through the metadata just written."""
-        check_files(self._new)
+        if found := missing_or_short(self._new, read_metadata(self._new)):
+            raise ValueError(f"{self._new} was not written as it should be: {found}")
         sizes = [sum(span.numel for span in part) for part in self.parts]
         done = 0
+        progress("verifying", done, sum(sizes))
         for number in pool.verify(self._new, self._records, len(self.parts)):
             done += sizes[number]
             progress("verifying", done, sum(sizes))

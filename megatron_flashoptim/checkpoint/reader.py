@@ -10,12 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -24,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_flashoptim.checkpoint.boxes import Box
-from megatron_flashoptim.checkpoint.torch_file import Stored, locate, mapped
+from megatron_flashoptim.checkpoint.damage import WAYS_OUT, read_metadata, reason
+from megatron_flashoptim.checkpoint.torch_file import Stored, check_archive, locate, mapped
 
 # Saved shards whose place is remembered.
 _MOST_REMEMBERED = 64
@@ -35,15 +33,23 @@ class CheckpointReader:
 
     Args:
         folder: folder of one iteration, with torch's ``.metadata``.
+        checked: before an item (what one rank saved of a tensor) is read for the first time, all
+            of its bytes are compared with their CRC-32. For those who read whole items in the
+            end: with data-parallel ranks that read a part each, every one would read all.
 
     Attributes:
         folder: the same.
         metadata: torch's, of all tensors and byte strings.
+
+    Raises:
+        ValueError: ``.metadata`` is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, checked: bool = False) -> None:
         self.folder = Path(folder)
-        self.metadata: Metadata = FileSystemReader(folder).read_metadata()
+        self.metadata: Metadata = read_metadata(folder)
+        # Items that need no check any more: by file, where they begin.
+        self._sound: dict[str, set[int]] | None = {} if checked else None
         self._tensors = self.metadata.state_dict_metadata
         self._stored: dict[MetadataIndex, Stored] = {}
         self._chunks: dict[str, list[Box]] = {}
@@ -129,15 +135,20 @@ class CheckpointReader:
         """Return a byte string by its key.
 
         Raises:
-            ValueError: the checkpoint has none of that key.
+            ValueError: the checkpoint has none of that key, or it is damaged.
         """
         info = self.metadata.storage_data.get(MetadataIndex(key))
         if info is None:
             raise ValueError(f"the checkpoint in {self.folder} has nothing under the key {key}")
-        with self._open(info.relative_path) as file:
+        with self._open(info.relative_path, key) as file:
             file.seek(info.offset)
             found: bytes = file.read(info.length)
-            return found
+        if self._sound is not None:
+            try:
+                check_archive(found)
+            except Exception as problem:
+                raise self._damaged(info.relative_path, key, problem) from problem
+        return found
 
     def _tensor(self, key: str) -> TensorStorageMetadata:
         found: Any = self._tensors.get(key)
@@ -162,7 +173,7 @@ class CheckpointReader:
             try:
                 values = mapped(self.folder / stored.file, stored, dtype)
             except (ValueError, OSError) as problem:
-                raise self._damaged(stored.file, problem) from problem
+                raise self._damaged(stored.file, key, problem) from problem
             into.copy_(_part(values, common.relative_to(saved.offset)))
             copied += common.numel()
         return copied
@@ -197,21 +208,30 @@ class CheckpointReader:
                     f"{key} in {self.folder} was saved with the transformations "
                     f"{info.transform_descriptors}, which are not known here; save it without"
                 )
-            with self._open(info.relative_path) as file:
+            name, offset = info.relative_path, info.offset
+            sound = None if self._sound is None else self._sound.setdefault(name, set())
+            checked = sound is not None and offset not in sound
+            with self._open(name, key) as file:
                 try:
-                    self._stored[index] = locate(file, info.relative_path, info.offset, info.length)
-                except (ValueError, EOFError, BadZipFile, UnpicklingError) as problem:
-                    raise self._damaged(info.relative_path, problem) from problem
+                    found = locate(file, name, offset, info.length, checked=checked)
+                except Exception as problem:  # damaged archives and pickles raise anything
+                    raise self._damaged(name, key, problem) from problem
+            if sound is not None:
+                sound.add(offset)
+            self._stored[index] = found
         return self._stored[index]
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, key: str) -> Any:
         try:
             return open(self.folder / name, "rb")
         except OSError as problem:
-            raise self._damaged(name, problem) from problem
+            raise self._damaged(name, key, problem) from problem
 
-    def _damaged(self, name: str, problem: Exception) -> ValueError:
-        return ValueError(f"the checkpoint in {self.folder} is damaged: {name}: {problem}")
+    def _damaged(self, name: str, key: str, problem: Exception) -> ValueError:
+        return ValueError(
+            f"the checkpoint in {self.folder} is damaged: {key} in {name}: {reason(problem)}. "
+            + WAYS_OUT
+        )
 
 
 def _part(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from megatron_flashoptim.checkpoint import deviation, metadata
-from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, encode_moment
+from megatron_flashoptim.checkpoint.conversion import (
+    SCALE_OF,
+    can_convert_correction,
+    decode_moment,
+    encode_moment,
+)
 from megatron_flashoptim.checkpoint.deviation import AT_ONCE, Report
 from megatron_flashoptim.checkpoint.folder import (
     ADAM,
@@ -136,7 +141,14 @@ class Recoding:
                 "not Adam's. --to weights takes the masters alone; --to flash --optimizer "
                 "flash_adamw keeps them and starts Adam's moments at zero, and --to adam takes that"
             )
-        bits = self.flash.master_bits if self.target == FLASH else described.get("master_bits", 24)
+        saved = metadata.format_of(described)["master_bits"]
+        if self.target == FLASH and not can_convert_correction(saved, self.flash.master_bits):
+            raise ValueError(
+                f"--master-bits {self.flash.master_bits} would drop the corrections of the "
+                f"{saved}-bit masters in {self._folder.path}; give 24 or 32, or take the weights "
+                "alone with --to weights --dtype bf16"
+            )
+        bits = self.flash.master_bits if self.target == FLASH else saved
         readable = dataclasses.replace(self.flash, master_bits=bits, master_rounding="stochastic")
         weights = described.get("weights", metadata.BFLOAT16)
         new = metadata.describe(readable, weights)

@@ -44,14 +44,16 @@ def read_saved_args(folder: str | Path) -> SavedArgs:
     Raises:
         ValueError: there is no such checkpoint, or none whose arguments can be read; says why.
     """
-    from megatron_flashoptim.checkpoint.folder import UNREADABLE, load_common, reason
+    from megatron_flashoptim.checkpoint.damage import reason
+    from megatron_flashoptim.checkpoint.folder import UNREADABLE, check_format, load_common
     from megatron_flashoptim.checkpoint.reader import CheckpointReader
 
     iteration = iteration_folder(folder)
     legacy = sorted(iteration.glob(_LEGACY))
     if (iteration / "metadata.json").is_file():
-        state = load_common(iteration)
+        check_format(iteration)
         names = set(CheckpointReader(iteration).tensors())
+        state = load_common(iteration)
     elif legacy:
         try:
             # Mapped, not read: the file holds all weights of a rank.

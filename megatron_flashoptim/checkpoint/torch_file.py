@@ -12,17 +12,21 @@ import math
 import mmap
 import pickle
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import torch
 
 # Of a record in a zip archive: what is in front of its name, and where the name's length is.
 _HEADER_BYTES = 30
 _LENGTHS = struct.Struct("<26xHH")
+# Bytes whose CRC-32 is computed at once.
+_AT_ONCE = 1 << 20
+_CHANGED = "its bytes are not those that were saved, by their CRC-32"
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,16 @@ class Stored:
     strides: tuple[int, ...]
 
 
-def locate(file: IO[bytes], name: str, offset: int, length: int) -> Stored:
+def locate(
+    file: IO[bytes], name: str, offset: int, length: int, *, checked: bool = False
+) -> Stored:
     """Return where the tensor is that ``torch.save`` wrote into a part of a file.
 
     Args:
         file: open for reading.
         name: of the file, to be kept.
         offset, length: the part, in bytes.
+        checked: read all of the tensor's bytes and compare their CRC-32 with the saved one.
 
     Raises:
         ValueError: it is no single tensor, or compressed.
@@ -58,19 +65,58 @@ def locate(file: IO[bytes], name: str, offset: int, length: int) -> Stored:
     """
     with ZipFile(io.BufferedReader(_Part(file, offset, length))) as archive:
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-        if "data.pkl" not in records:
-            raise BadZipFile("not written by torch.save")
-        with archive.open(records["data.pkl"]) as description:
-            tensor = _Description(description).load()
-        if not isinstance(tensor, _Tensor):
-            raise ValueError("holds something else than a tensor")
-        record = records[f"data/{tensor.storage}"]
-        if record.compress_type != ZIP_STORED:
-            raise ValueError("is compressed")
-    file.seek(offset + record.header_offset)
-    lengths = _LENGTHS.unpack(file.read(_HEADER_BYTES))
-    start = offset + record.header_offset + _HEADER_BYTES + sum(lengths)
+    if "data.pkl" not in records:
+        raise BadZipFile("not written by torch.save")
+    description = records["data.pkl"]
+    start = _start(file, offset, description)
+    # After torch.serialization.set_crc32_options(False) it is 0 for every record.
+    has_crc = description.CRC != 0
+    if has_crc and _crc(file, start, description.file_size) != description.CRC:
+        raise BadZipFile(_CHANGED)
+    file.seek(start)
+    tensor = _Description(io.BytesIO(file.read(description.file_size))).load()
+    if not isinstance(tensor, _Tensor):
+        raise ValueError("holds something else than a tensor")
+    record = records[f"data/{tensor.storage}"]
+    start = _start(file, offset, record)
+    if checked and has_crc and _crc(file, start, record.file_size) != record.CRC:
+        raise BadZipFile(_CHANGED)
     return Stored(name, start, tensor.first, tuple(tensor.shape), tuple(tensor.strides))
+
+
+def check_archive(content: bytes) -> None:
+    """Compare all that ``torch.save`` wrote with its CRC-32.
+
+    Args:
+        content: a whole archive; other bytes are let pass, for they have no sum.
+
+    Raises:
+        BadZipFile: it is damaged.
+    """
+    if not content.startswith(b"PK"):
+        return
+    with ZipFile(io.BytesIO(content)) as archive:
+        if any(record.CRC for record in archive.infolist()) and archive.testzip() is not None:
+            raise BadZipFile(_CHANGED)
+
+
+def _start(file: IO[bytes], offset: int, record: ZipInfo) -> int:
+    """Return where the contents of a record of an archive begin in the file."""
+    if record.compress_type != ZIP_STORED:
+        raise ValueError("is compressed")
+    file.seek(offset + record.header_offset)
+    lengths: tuple[int, ...] = _LENGTHS.unpack(file.read(_HEADER_BYTES))
+    return offset + int(record.header_offset) + _HEADER_BYTES + sum(lengths)
+
+
+def _crc(file: IO[bytes], start: int, size: int) -> int:
+    """Return the CRC-32 of a part of a file, of which a little at a time is in memory."""
+    file.seek(start)
+    crc = 0
+    while size > 0 and (some := file.read(min(size, _AT_ONCE))):
+        crc = zlib.crc32(some, crc)
+        size -= len(some)
+    return crc
 
 
 def mapped(path: Path, stored: Stored, dtype: torch.dtype) -> torch.Tensor:

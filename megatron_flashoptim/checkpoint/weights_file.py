@@ -22,6 +22,7 @@ from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
 from megatron_flashoptim.checkpoint.deviation import named
 from megatron_flashoptim.checkpoint.folder import ADAM, WEIGHTS, CheckpointFolder, open_folder
 from megatron_flashoptim.checkpoint.iterations import check_destination
+from megatron_flashoptim.checkpoint.metadata import RESAVE
 from megatron_flashoptim.checkpoint.model_state import ModelState, Span
 from megatron_flashoptim.checkpoint.recoding import SPAN
 from megatron_flashoptim.checkpoint.writer import content_hash
@@ -86,19 +87,22 @@ class WeightsExport:
     def __init__(
         self, source: Path, destination: Path, dtype: torch.dtype, iteration: int | None = None
     ) -> None:
-        self.folder: CheckpointFolder = open_folder(source, iteration)
+        self.folder: CheckpointFolder = open_folder(source, iteration, checked=True)
         check_destination(destination, self.folder.path)
         self.destination = destination = destination.resolve()  # "." has no name
         self._dtype = dtype
         self._state = ModelState(self.folder)
         if dtype == torch.float32 and not self.folder.state():
-            what = (
-                "holds weights only"
-                if self.folder.optimizer == WEIGHTS
-                else f"has the sharding type {self.folder.sharding_type}, in which only a run of "
-                "the same layout knows which master is whose"
+            what, otherwise = "holds weights only", ""
+            if self.folder.optimizer != WEIGHTS:
+                what = (
+                    f"has the sharding type {self.folder.sharding_type}, in which only a run of "
+                    "the same layout knows which master is whose"
+                )
+                otherwise = f"; for the fp32 masters {RESAVE}"
+            raise ValueError(
+                f"{self.folder.path} {what}: give --dtype bf16 for the model weights{otherwise}"
             )
-            raise ValueError(f"{self.folder.path} {what}: give --dtype bf16 for the model weights")
         if destination.exists() and not _is_empty_folder(destination):
             raise ValueError(f"{destination} is there already; remove it, or give another folder")
         self.tensors = self._placed()
@@ -135,7 +139,7 @@ class WeightsExport:
 
     def bytes_of_result(self) -> int:
         """Return the bytes of all files but the index."""
-        data = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
+        data = sum(map(bytes_of_tensor, self.tensors))
         return data + sum(len(header) for header in self._headers.values())
 
     @torch.no_grad()
@@ -143,8 +147,8 @@ class WeightsExport:
         """Write all files beside or in the destination, read them back, move them into place.
 
         Raises:
-            ValueError: masters that are not those of the weights, too little disk space, or a file
-                that reads otherwise than written.
+            ValueError: masters that are not those of the weights, too little disk space, a source
+                that is damaged, or a file that reads otherwise than written.
             ImportError: the safetensors package is missing.
         """
         import safetensors  # noqa: F401  (for its ImportError, before hours of work, not after)
@@ -166,21 +170,24 @@ class WeightsExport:
                 f"{self.bytes_of_result() / 1e9:.1f} GB"
             )
         try:
-            written = self._write(work, progress)
-            self._write_index(work)
-        except OSError as problem:
-            shutil.rmtree(work)
-            raise ValueError(
-                f"{self.destination} cannot be written ({problem}); make room, or mend what that "
-                "says, and run the same command again"
-            ) from problem
-        _verify(work, written, progress)
-        if not stays:
-            work.rename(self.destination)
-            return
-        for file in sorted(work.iterdir(), key=lambda file: file.name == INDEX):
-            file.rename(self.destination / file.name)
-        work.rmdir()
+            try:
+                written = self._write(work, progress)
+                self._write_index(work)
+            except OSError as problem:
+                raise ValueError(
+                    f"{self.destination} cannot be written ({problem}); make room, or mend what "
+                    "that says, and run the same command again"
+                ) from problem
+            _verify(work, written, progress)
+            if not stays:
+                work.rename(self.destination)
+                return
+            for file in sorted(work.iterdir(), key=lambda file: file.name == INDEX):
+                file.rename(self.destination / file.name)
+            work.rmdir()
+        except BaseException:  # nothing goes on from what is there
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
     def _check_masters(self, progress: Callable[[str, int, int], None]) -> None:
         """Refuse to take masters that are not those of the weights.
@@ -193,6 +200,7 @@ class WeightsExport:
         chunks = [chunk for key in self.folder.state() for chunk in self._state.chunks(key)]
         total = sum(chunk.box.numel() for chunk in chunks)
         done, damaged = 0, []
+        progress("checking", done, total)
         for chunk in chunks:
             if not self._state.belongs(chunk, SPAN):
                 damaged.append(chunk.name)
@@ -213,10 +221,11 @@ class WeightsExport:
                 file.flush()
                 # Not truncate, which reserves no room: filling a mapped file on a full disk is
                 # SIGBUS.
-                end = max(t.start + _bytes(t) for t in self.tensors if t.file == name)
+                end = max(t.start + bytes_of_tensor(t) for t in self.tensors if t.file == name)
                 os.posix_fallocate(file.fileno(), 0, max(end, len(header)))
         written = []
         done = 0
+        progress("converting", done, self.numel())
         for tensor in self.tensors:
             for span in self._spans(tensor.key):
                 values = self._values(span).to(tensor.dtype)
@@ -239,7 +248,7 @@ class WeightsExport:
 
     def _write_index(self, work: Path) -> None:
         index = {
-            "metadata": {"total_size": sum(map(_bytes, self.tensors))},
+            "metadata": {"total_size": sum(map(bytes_of_tensor, self.tensors))},
             "weight_map": {tensor.key: tensor.file for tensor in self.tensors},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -249,7 +258,8 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and all(found.name == _WORK for found in path.iterdir())
 
 
-def _bytes(tensor: Placed) -> int:
+def bytes_of_tensor(tensor: Placed) -> int:
+    """Return the bytes of a tensor in its file."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
@@ -304,6 +314,7 @@ def _verify(work: Path, written: list[_Written], progress: Callable[[str, int, i
 
     total = sum(each.box.numel() for each in written)
     done = 0
+    progress("verifying", done, total)
     for each in written:
         key, box = each.tensor.key, each.box
         inside = tuple(slice(a, a + b) for a, b in zip(box.offset, box.shape, strict=True))

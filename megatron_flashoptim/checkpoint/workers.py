@@ -14,9 +14,9 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_flashoptim.checkpoint import common_state, quiet, writer
+from megatron_flashoptim.checkpoint import quiet, writer
 from megatron_flashoptim.checkpoint.deviation import Report
-from megatron_flashoptim.checkpoint.folder import open_folder
+from megatron_flashoptim.checkpoint.folder import COMMON_KEY, CheckpointFolder, open_folder
 from megatron_flashoptim.checkpoint.model_state import Chunk, Span
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.checkpoint.recoding import Recoding
@@ -119,9 +119,14 @@ class Pool:
 
 
 @cache
+def _source(folder: Path) -> CheckpointFolder:
+    """Return a source, opened once in each process, which then checks each item once."""
+    return open_folder(folder, checked=True)
+
+
+@cache
 def _recoding(job: Job) -> Recoding:
-    """Return the recoding of a job, opened once in each process."""
-    return Recoding(open_folder(job.source), job.target, job.flash)
+    return Recoding(_source(job.source), job.target, job.flash)
 
 
 @cache
@@ -136,7 +141,7 @@ def _check(number: int, job: Job, chunk: Chunk) -> tuple[int, bool]:
 @torch.no_grad()
 def _write(job: Job, task: PartTask) -> int:
     recoding = _recoding(job)
-    reader = _reader(job.source)
+    reader = _source(job.source).reader
     report = Report()
     span_of = {
         (box.key, box.box.offset): span for span in task.spans for box in recoding.boxes(span)
@@ -145,7 +150,7 @@ def _write(job: Job, task: PartTask) -> int:
 
     def produce(index: MetadataIndex) -> torch.Tensor | bytes:
         if index.offset is None:
-            return task.common if index.fqn == common_state.KEY else reader.read_bytes(index.fqn)
+            return task.common if index.fqn == COMMON_KEY else reader.read_bytes(index.fqn)
         wanted = (index.fqn, tuple(index.offset))
         if wanted not in current:
             current.clear()
@@ -159,5 +164,9 @@ def _write(job: Job, task: PartTask) -> int:
 def _verify(folder: Path, records: Path, number: int) -> int:
     record = writer.read_record(records, number)
     assert record is not None
-    writer.verify_part(_reader(folder), record)
+    try:
+        writer.verify_part(_reader(folder), record)
+    except ValueError:
+        writer.forget_part(records, number)
+        raise
     return number

@@ -225,6 +225,11 @@ def read_record(records: Path, number: int) -> Record | None:
     return found
 
 
+def forget_part(records: Path, number: int) -> None:
+    """Remove the record of a part, which is then to be written again."""
+    (records / _RECORD.format(number)).unlink()
+
+
 def write_metadata(folder: Path, layout: Layout, records: Sequence[Record]) -> None:
     """Write torch's ``.metadata`` of a folder whose parts are all written."""
     writer = FileSystemWriter(folder, sync_files=True)

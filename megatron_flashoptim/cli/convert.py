@@ -154,20 +154,20 @@ def _print_plan(conversion: Conversion) -> None:
 
     for key, boxes in conversion.boxes_of_key().items():
         first = boxes[0]
-        shape = "x".join(map(str, first.shape)) or "scalar"
         size = sum(box.box.numel() for box in boxes) * first.dtype.itemsize
-        dtype = str(first.dtype).removeprefix("torch.")
-        print(f"  {size / 1e6:12.3f} MB  {dtype:8}  {shape:20}  {key}")
+        print(_planned(size, first.dtype, first.shape, key))
     before, after = bytes_of(conversion.folder.path), conversion.bytes_of_result()
+    parts = _parts(len(conversion.parts))
     print(
-        f"{conversion.final} would have about {_size(after)} in {len(conversion.parts)} parts, of "
+        f"{conversion.final} would have about {_size(after)} in {parts}, of "
         f"{_size(before)} now ({after / before:.2f}); nothing was written"
     )
 
 
 def _print_result(conversion: Conversion, result: Result, seconds: float) -> None:
     if result.resumed:
-        print(f"{result.resumed} of {result.parts} parts were there from an interrupted conversion")
+        parts = _parts(result.parts)
+        print(f"{result.resumed} of {parts} were there from an interrupted conversion")
     report = result.report
     if report.damaged:
         shown = report.damaged[:_SHOWN_REPAIRED]
@@ -192,14 +192,15 @@ def _export(options: argparse.Namespace) -> int:
     import torch
 
     from megatron_flashoptim.checkpoint.offline import bytes_of
-    from megatron_flashoptim.checkpoint.weights_file import WeightsExport
+    from megatron_flashoptim.checkpoint.weights_file import WeightsExport, bytes_of_tensor
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     export = WeightsExport(options.source, options.destination, dtype, options.iteration)
     _print_source(export.folder)
     if options.dry_run:
         for tensor in export.tensors:
-            print(f"  {tensor.file}  {'x'.join(map(str, tensor.shape)):20}  {tensor.key}")
+            planned = _planned(bytes_of_tensor(tensor), tensor.dtype, tensor.shape, tensor.key)
+            print(f"{planned}  in {tensor.file}")
         size = _size(export.bytes_of_result())
         print(f"{options.destination} would have {size}; nothing was written")
         return 0
@@ -213,6 +214,16 @@ def _export(options: argparse.Namespace) -> int:
         f"{time.monotonic() - started:.1f} s"
     )
     return 0
+
+
+def _planned(size: int, dtype: object, shape: tuple[int, ...], key: str) -> str:
+    """Return a dry run's line of a tensor: bytes, dtype, shape, key."""
+    dims = "x".join(map(str, shape)) or "scalar"
+    return f"  {size / 1e6:12.3f} MB  {str(dtype).removeprefix('torch.'):8}  {dims:20}  {key}"
+
+
+def _parts(number: int) -> str:
+    return f"{number} part" + ("s" if number != 1 else "")
 
 
 def _size(count: int) -> str:

@@ -42,10 +42,16 @@ class Progress:
         spent = now - self._started
         rate = (done - self._from) / spent if spent > 0 else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        text = f"{phase:10} {share:4.0%}  {rate / 1e6:.1f} M elements/s{left}"
+        speed = f"  {_short(rate)}elements/s{left}" if rate else ""
+        text = f"{phase:10} {share:4.0%}{speed}"
         if self._terminal:
             full = round(share * _WIDTH)
             bar = "#" * full + "." * (_WIDTH - full)
             print(f"\r[{bar}] {text}\033[K", end="", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def _short(rate: float) -> str:
+    """Return a number with its unit, at least 0.1 of it."""
+    return f"{rate / 1e6:.1f} M " if rate >= 1e5 else f"{rate / 1e3:.1f} k "

@@ -47,10 +47,15 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _check_printed(done: Done) -> None:
-    """On stderr stands how far it is, and nothing else."""
+    """On stderr stands how far it is, and nothing else; how fast, once something is done."""
     assert done.returncode == 0, done.stderr
+    phases = set()
     for line in done.stderr.splitlines():
-        assert re.fullmatch(r"\w+ +\d+%  [\d.]+ M elements/s(, \d+ s left)?", line), line
+        phase, share, *_ = line.split()
+        assert phase in phases or share == "0%", line
+        phases.add(phase)
+        assert re.fullmatch(r"\w+ +(0%|\d+%  [\d.]+ [Mk] elements/s(, \d+ s left)?)", line), line
+        assert "  0.0 " not in line
 
 
 def _check_sizes(printed: str, before: Path, after: Path, holds: str = "") -> None:
@@ -86,11 +91,15 @@ def test_dry_run_lists_what_would_be_written_and_writes_nothing(
     assert not any(tmp_path.iterdir())
     assert "int8" in shown and "optimizer.state.correction.decoder" in shown
     announced = float(shown.split("would have about ")[1].split(" MB")[0])
+    assert " in 1 part, of " in shown
     assert main(["convert", "--to", "flash", str(adam), str(tmp_path / "new")]) == 0
     written = float(capsys.readouterr().out.split("new/iter_0000002: ")[1].split(" MB")[0])
     assert written == pytest.approx(announced, rel=0.15)  # what is no tensor is not counted
     assert main(["convert", "--to", "weights", *arguments[:2], str(tmp_path / "w")]) == 0
-    assert "embedding.word_embeddings.weight" in capsys.readouterr().out
+    *lines, total = capsys.readouterr().out.splitlines()[1:]
+    assert any("float32" in line and "embedding.word_embeddings.weight" in line for line in lines)
+    data = sum(float(line.split()[0]) for line in lines)
+    assert data == pytest.approx(float(total.split(" would have ")[1].split()[0]), abs=0.01)
     assert not (tmp_path / "w").exists()
 
 

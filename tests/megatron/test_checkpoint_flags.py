@@ -233,7 +233,7 @@ def test_unreadable_metadata_is_an_error_on_every_rank(kept: int, copy_of_checkp
     assert run_ranks(2, _verdict, folder) == ["", ""]
     os.truncate(folder / ".metadata", kept)
     for message in run_ranks(2, _verdict, folder):
-        assert "iter_0000001 cannot be read" in message
+        assert "iter_0000001/.metadata cannot be read" in message and "--ckpt-step" in message
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_shifted_masters_are_refused_or_repaired(tmp_path: Path) -> None:
     stock = run_ranks(2, save, source, FULLY, **options)
     with pytest.raises(ValueError, match=r"does not belong to its weights.*--repair"):
         _convert(source, tmp_path / "flash", "flash")
-    assert not any((tmp_path / "flash").iterdir()), "nothing is left of a refused conversion"
+    assert not (tmp_path / "flash").exists(), "nothing is left of a refused conversion"
     result, mended = _convert(source, tmp_path / "flash", "flash", repair=True)
     _, adam = _convert(source, tmp_path / "adam", "adam", repair=True)
     true_state = joined([state for state, _ in stock])
@@ -334,11 +334,13 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(1, save, buckets, "dp_reshardable", 1, layers=1)
     run_ranks(1, save, adam, FULLY, 1, layers=1)
     run_ranks(1, _save_flash, flash, 1, layers=1)
-    refused(buckets, "flash", "dp_reshardable.*--optimizer flash_adamw")
+    refused(buckets, "flash", "dp_reshardable.*: --load it with --optimizer flash_adamw.*; or load")
+    refused(buckets, "flash", "is whose: load it in a run.*, save once", optimizer="flash_lion")
+    refused(buckets, "adam", "Adam already; what --repair mends is not in dp_reshardable")
     refused(adam, "adam", "already.*--repair")
     refused(flash, "flash", "flash_adamw with 24-bit masters and the code sqrt already")
     refused(flash, "adam", "--repair mends", repair=True)
-    refused(flash, "flash", r"master_bits 24, this run has 16", master_bits=16)
+    refused(flash, "flash", "^--master-bits 16 would drop .*; give 24 or 32", master_bits=16)
     legacy = tmp_path / "legacy"
     legacy.mkdir()
     refused(legacy, "flash", "no latest_checkpointed_iteration.txt")
@@ -393,24 +395,34 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
 
 
 def test_what_the_disk_changes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_flashoptim.checkpoint import writer
+    from megatron_flashoptim.checkpoint import offline, writer
 
     source = tmp_path / "source"
     source.mkdir()
     run_ranks(1, save, source, FULLY, 1, layers=1)
     original = writer.write_part
+    whole: list[bytes] = []
+    monkeypatch.setattr(offline, "_PART", 1 << 14)
 
-    def flips(folder: Path, *arguments: Any) -> None:
-        original(folder, *arguments)
-        (file,) = folder.glob("*.distcp")
+    def flips(folder: Path, records: Path, number: int, *more: Any) -> None:
+        original(folder, records, number, *more)
+        if number != 1:
+            return
+        (file,) = folder.glob("__1_*.distcp")
+        whole.append(file.read_bytes())
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
 
-    monkeypatch.setattr(writer, "write_part", flips)
-    with pytest.raises(ValueError, match="was not written as it should be"):
-        _convert(source, tmp_path / "flash", "flash")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_part", flips)
+        with pytest.raises(ValueError, match=r"was not written as it should be.* goes on with it"):
+            _convert(source, tmp_path / "flash", "flash")
     assert not (tmp_path / "flash" / "release").exists()
+    result, folder = _convert(source, tmp_path / "flash", "flash")
+    assert result.resumed == result.parts - 1 > 1, "the same command writes that part again"
+    (file,) = folder.glob("__1_*.distcp")
+    assert [file.read_bytes()] == whole
 
 
 def test_processes_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +487,7 @@ def test_weights_of_buckets_are_the_models_own_only(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     run_ranks(1, save, source, "dp_reshardable", 1, layers=1)
-    with pytest.raises(ValueError, match=r"dp_reshardable.*--dtype bf16"):
+    with pytest.raises(ValueError, match=r"--dtype bf16 .*; for the fp32 masters load it in"):
         WeightsExport(source, tmp_path / "weights", torch.float32)
     WeightsExport(source, tmp_path / "weights", torch.bfloat16).run(lambda *_: None)
     with pytest.raises(ValueError, match="is there already"):
