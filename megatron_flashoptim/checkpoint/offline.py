@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,19 +187,23 @@ class Conversion:
         try:
             return self._run(progress)
         except (ValueError, OSError, BrokenExecutor) as problem:
+            said = str(problem).rstrip(".")
             if any(self._record(number) is not None for number in range(len(self.parts))):
                 raise ValueError(
-                    f"{problem}. What is finished is kept in {self._work}: the same command goes "
+                    f"{said}. What is finished is kept in {self._work}: the same command goes "
                     "on with it; delete it if you do not"
                 ) from problem
             self._discard(made)
+            if isinstance(problem, BrokenExecutor):  # a process was killed, for its memory mostly
+                raise ValueError(said) from problem
             raise
 
     def _discard(self, made: bool) -> None:
         """Remove the working folder, and the destination if this conversion made it."""
         shutil.rmtree(self._work)
         if made:
-            self.request.destination.rmdir()
+            with suppress(OSError):  # others may have put something there
+                self.request.destination.rmdir()
 
     def _run(self, progress: Progress) -> Result:
         resumed = sum(self._record(number) is not None for number in range(len(self.parts)))
