@@ -8,7 +8,7 @@
 Each run is a process under torchrun on one GPU; as many run side by side as there are GPUs. With
 ``--minutes`` none is left running after that time: Megatron saves and exits
 (``--exit-duration-in-mins``), and the next call goes on. Losses and norms are read from the runs'
-TensorBoard events. Each validation is one pass over all that is held out.
+TensorBoard events. Validation reads all that is held out (--full-validation).
 
 The table of experiments is EXPERIMENTS below. With Transformer Engine, layers and Adam are its own;
 without, Adam is ``--resumable-adam`` of scripts/pretrain_gpt.py. Lion is that of the package

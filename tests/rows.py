@@ -1,11 +1,21 @@
-"""Rows of the hyper-parameter table, as param groups make them."""
+"""Rows of the hyper-parameter table, as param groups make them, and options for such groups."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from megatron_flashoptim.optim.hyper import HyperRow
 from megatron_flashoptim.optim.rules import rule_of
+
+LION_OPTIONS: list[dict[str, Any]] = [
+    {"betas": betas} for betas in ((0.95, 0.98), (0.9, 0.99), (0.0, 0.5))
+]
+SGD_OPTIONS: list[dict[str, Any]] = [
+    {"momentum": 0.9, "nesterov": False, "decoupled_weight_decay": True},
+    {"momentum": 0.5, "nesterov": True, "decoupled_weight_decay": True},
+    {"momentum": 0.99, "nesterov": True, "decoupled_weight_decay": False},
+]
 
 
 def adam_row(

@@ -29,6 +29,15 @@ class Parameter:
     tensor_id: int = 0
 
 
+def gradient_of_groups(step: int, groups: int) -> torch.Tensor:
+    """Return a flat fp32 gradient, of another size in each group, with a zero in each."""
+    generator = torch.Generator().manual_seed(step)
+    size = torch.exp(3 * torch.randn(groups, 1, generator=generator))
+    gradient = torch.randn(groups, GROUP, generator=generator) * size
+    gradient[:, 5] = 0.0
+    return gradient.flatten()
+
+
 def segments_of(
     parameters: Sequence[Parameter],
     begin: int,

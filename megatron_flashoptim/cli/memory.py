@@ -125,14 +125,15 @@ def variants(size: RunSize) -> list[Variant]:
     """Return the optimizers of a run side by side.
 
     The precision-aware optimizer of Transformer Engine keeps an int16 remainder of the master,
-    and no main gradient.
+    and no main gradient. An fp8 moment takes 2 bytes: on GPUs before Blackwell, Transformer Engine
+    (2.20) keeps its transpose, too.
     """
     name, rule = size.optimizer, rule_of(size.optimizer)
     if size.weight_bytes == 4:  # the weights are the masters, and have fp32 gradients
         flash = flash_state_bytes(rule, 16) + TABLE_BYTES
         return [Variant("adam (fp32 moments)", False, 8.0), Variant(name, True, flash)]
     rows = [Variant("adam (fp32 master and moments)", False, _stock_adam_bytes(size.grad_bytes))]
-    for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 2.0)):
+    for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 4.0)):
         rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for bits in sorted(MASTER_BITS, reverse=True):
         state = flash_state_bytes(rule, bits) + TABLE_BYTES

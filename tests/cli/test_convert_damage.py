@@ -9,6 +9,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -206,3 +207,21 @@ def test_what_was_finished_before_damage_is_kept_and_gone_on_with(
     assert main(command) == 0
     assert re.search(r"^\d+ of \d+ parts were there", capsys.readouterr().out, re.MULTILINE)
     assert not work.exists()
+
+
+def test_a_process_that_was_killed_is_told_in_one_line_and_leaves_nothing(
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As where the system has no memory left: it kills a process of the pool."""
+    from megatron_flashoptim.checkpoint import workers
+
+    def killed(*_: object) -> None:
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly.")
+
+    monkeypatch.setattr(workers.Pool, "write", killed)
+    arguments = ("--to", "flash", str(saved), str(tmp_path / "new"))
+    assert "terminated abruptly" in _error(capsys, "convert", *arguments)
+    assert not (tmp_path / "new").exists()

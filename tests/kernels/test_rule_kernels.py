@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from docs_rule import register
+from rows import LION_OPTIONS, SGD_OPTIONS
 from shards import GROUP, GuardedShard, Parameter, assert_same_state, is_unchanged, segments_of
 
 from megatron_flashoptim.kernels.step import SMALL, Geometry
@@ -34,12 +35,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"betas": (0.8, 0.999), "eps": 1e-5},
         {"betas": (0.0, 0.5), "eps": 1e-15},
     ],
-    "flash_lion": [{"betas": betas} for betas in ((0.95, 0.98), (0.9, 0.99), (0.0, 0.5))],
-    "flash_sgd": [
-        {"momentum": 0.9, "nesterov": False, "decoupled_weight_decay": True},
-        {"momentum": 0.5, "nesterov": True, "decoupled_weight_decay": True},
-        {"momentum": 0.99, "nesterov": True, "decoupled_weight_decay": False},
-    ],
+    "flash_lion": LION_OPTIONS,
+    "flash_sgd": SGD_OPTIONS,
     "flash_signum": [{"beta": 0.9}, {"beta": 0.5}, {"beta": 0.0}],
 }
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -80,10 +80,24 @@ def test_plan_agrees_with_live_runs_within_1_percent(case: str) -> None:
         live = run_ranks(ranks, _live, stock, options)
         largest = max(live, key=lambda rank: rank[0] + rank[2])
         assert planned[name] == pytest.approx(largest, rel=0.01)
-    # The precision-aware rows cannot run here: by the formats, with 2 bytes for the remainder.
-    adam = planned["adam (fp32 master and moments)"][2] / (16 if "bf16 gr" in case else 12)
-    for moments, size in (("fp32", 10), ("bf16", 6), ("fp8", 4)):
-        assert planned[f"precision-aware, {moments} moments"][2] == pytest.approx(size * adam)
+
+
+# Stock's bytes per parameter beside bf16 weight and bf16 gradient, allocated after a step: a GPT of
+# 1.31B parameters on one H100, Transformer Engine 2.20.2. The same 0.16 in all is not state.
+MEASURED = {
+    "adam (fp32 master and moments)": 16.16,
+    "precision-aware, fp32 moments": 10.16,
+    "precision-aware, bf16 moments": 6.15,
+    "precision-aware, fp8 moments": 6.16,
+}
+
+
+def test_precision_aware_rows_are_as_far_from_adams_as_was_measured_on_a_gpu() -> None:
+    planned = _planned(1, "--grad-reduce-in-bf16")
+    adam, *others = MEASURED
+    for name in others:
+        saved = (planned[adam][2] - planned[name][2]) / planned[adam][2] * 16
+        assert saved == pytest.approx(MEASURED[adam] - MEASURED[name], rel=0.01)
 
 
 def test_plan_of_an_fp32_model_agrees_with_live_runs_within_1_percent() -> None:

@@ -150,7 +150,6 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert run["iterations"] == 30 and len(run["losses"]) == len(run["grad_norms"]) == 3
     assert run["losses"][0] > run["losses"][-1] > run["validation"]["30"] - 1
     assert run["iteration_ms"] > 0 and (tmp_path / "quality.png").stat().st_size > 10_000
-    # The loss of all that is held out, once: as many tokens as Megatron counts.
     assert f"| d | flash_lion | 7 | {run['validation']['30']:.4f} (" in printed
     _main(monkeypatch, *arguments)
     assert "starts" not in capfd.readouterr().out

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from bitwise import fp32_ulp
-from shards import GROUP, GuardedShard, Parameter, master_weight, segments_of
+from rows import LION_OPTIONS, SGD_OPTIONS
+from shards import (
+    GROUP,
+    GuardedShard,
+    Parameter,
+    gradient_of_groups,
+    master_weight,
+    segments_of,
+)
 from tolerances import (
     FIRST_STEP_RELATIVE,
     LION_AGREEMENT,
@@ -47,12 +55,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"betas": (0.8, 0.99), "eps": 1e-3},
         {"betas": (0.0, 0.5), "eps": 1e-15},
     ],
-    "flash_lion": [{"betas": betas} for betas in ((0.95, 0.98), (0.9, 0.99), (0.0, 0.5))],
-    "flash_sgd": [
-        {"momentum": 0.9, "nesterov": False, "decoupled_weight_decay": True},
-        {"momentum": 0.5, "nesterov": True, "decoupled_weight_decay": True},
-        {"momentum": 0.99, "nesterov": True, "decoupled_weight_decay": False},
-    ],
+    "flash_lion": LION_OPTIONS,
+    "flash_sgd": SGD_OPTIONS,
 }
 
 
@@ -74,14 +78,6 @@ def _table(name: str, step: int) -> HyperTable:
     table.fill([HyperRow.of(rule_of(name), group) for group in _groups(name, step)], seed=0)
     table.grad_scale.copy_(torch.tensor(GRAD_SCALE))
     return table
-
-
-def _gradient(step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step)
-    size = torch.exp(3 * torch.randn(GROUPS, 1, generator=generator))
-    gradient = torch.randn(GROUPS, GROUP, generator=generator) * size
-    gradient[:, 5] = 0.0
-    return gradient.flatten()
 
 
 class Exact:
@@ -156,7 +152,7 @@ def test_every_step_is_the_formula_in_fp64_up_to_fp32_roundings(
     """Given the decoded state; at 24 bits within half a quantum (2^7 ulps) of it."""
     shard = _shard(name, dtype, master_bits)
     for step in range(1, 5):
-        shard.grad.copy_(_gradient(step))
+        shard.grad.copy_(gradient_of_groups(step, GROUPS))
         exact = Exact(shard, name, step)
         update, size, m, v, jumps = getattr(exact, name)()
         reference_step_(shard, _table(name, step), **NEAREST)

@@ -8,7 +8,16 @@ import pytest
 import torch
 from bitwise import assert_same_bits, fp32_ulp
 from rows import adam_row
-from shards import GROUP, GuardedShard, Parameter, is_unchanged, master_weight, segments_of, tensors
+from shards import (
+    GROUP,
+    GuardedShard,
+    Parameter,
+    gradient_of_groups,
+    is_unchanged,
+    master_weight,
+    segments_of,
+    tensors,
+)
 from tolerances import ADAMW_UPDATE_RELATIVE, DRIFT_BIAS, DRIFT_RELATIVE_L2
 
 from megatron_flashoptim.codec import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, spec
@@ -50,14 +59,6 @@ def _shard(
     return GuardedShard(weight.to(dtype), gradient, table, master_bits, code)
 
 
-def _gradient(step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step)
-    size = torch.exp(3 * torch.randn(GROUPS, 1, generator=generator))
-    gradient = torch.randn(GROUPS, GROUP, generator=generator) * size
-    gradient[:, 5] = 0.0
-    return gradient.flatten()
-
-
 def _table(step: int) -> HyperTable:
     table = HyperTable(3, "cpu")
     table.fill(_rows(step), seed=0)
@@ -96,7 +97,7 @@ def test_every_step_is_the_formula_in_fp64_up_to_counted_roundings(
         weight = master_weight(shard).double()
         m = decode_exp_avg(shard.exp_avg, shard.exp_avg_scale).double()
         v = decode_exp_avg_sq(shard.exp_avg_sq, shard.exp_avg_sq_scale, code=code).double()
-        shard.grad.copy_(_gradient(step))
+        shard.grad.copy_(gradient_of_groups(step, GROUPS))
         gradient = shard.grad.double() * grad_scale
         one_step.reference_step_(shard, _table(step), **NEAREST)
 
@@ -154,7 +155,7 @@ def test_a_skipped_step_changes_no_bit_whatever_the_gradients(
     shard = _shard(torch.bfloat16)
     table = _table(1)
     options = {"exp_avg_sq_rounding": rounding, "master_rounding": rounding}
-    shard.grad.copy_(_gradient(1))
+    shard.grad.copy_(gradient_of_groups(1, GROUPS))
     one_step.reference_step_(shard, table, **options)
     before = {name: tensor.clone() for name, tensor in tensors(shard)}
     shard.grad[::3] = torch.nan
@@ -189,7 +190,7 @@ def test_bits_do_not_depend_on_how_many_groups_the_reference_takes_at_once(
         monkeypatch.setattr(one_step, "_REFERENCE_CHUNK", chunk)
         shard = _shard(torch.bfloat16)
         for step in (1, 2):
-            shard.grad.copy_(_gradient(step))
+            shard.grad.copy_(gradient_of_groups(step, GROUPS))
             one_step.reference_step_(shard, _table(step), **rounding)
         shard.check_guards()
         results.append(shard)
