@@ -11,12 +11,12 @@ import logging
 import signal
 import warnings
 
-import torch
-
 
 def start() -> None:
     """Be quiet about a GPU and packages that training needs and reading does not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch  # only now: it takes seconds, in which Ctrl-C would be told with a traceback
+
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

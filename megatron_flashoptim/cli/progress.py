@@ -40,7 +40,9 @@ class Progress:
         self._shown = now
         share = done / total if total else 1.0
         spent = now - self._started
-        rate = (done - self._from) / spent if spent > 0 else 0.0
+        # The first parts may be tiny, and their rate says nothing.
+        known = spent > 0 and 100 * (done - self._from) >= total
+        rate = (done - self._from) / spent if known else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
         speed = f"  {_short(rate)}elements/s{left}" if rate else ""
         text = f"{phase:10} {share:4.0%}{speed}"
