@@ -107,11 +107,13 @@ class Conversion:
         self.request = request
         self.folder = open_folder(request.source, request.iteration, checked=True)
         check_destination(request.destination, self.folder.path)
+        self.final = request.destination / self.folder.name
+        check_destination(self.final, self.folder.path)  # a destination that is SRC's own --save
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
-        self.final = request.destination / self.folder.name
-        if self.final.exists():
-            raise ValueError(f"{self.final} is there already; remove it, or give another folder")
+        for taken in (request.destination, self.final):
+            if taken.exists() and (taken == self.final or not taken.is_dir()):
+                raise ValueError(f"{taken} is there already; remove it, or give another folder")
         self._work = request.destination / f".converting-{self.folder.name}"
         self._new = self._work / "checkpoint"
         self._records = self._work / "records"

@@ -103,6 +103,11 @@ class WeightsExport:
             raise ValueError(
                 f"{self.folder.path} {what}: give --dtype bf16 for the model weights{otherwise}"
             )
+        if self.folder.path.resolve().is_relative_to(destination):
+            raise ValueError(
+                f"{destination} holds the source {self.folder.path}, which is only read; give "
+                "another folder"
+            )
         if destination.exists() and not _is_empty_folder(destination):
             raise ValueError(f"{destination} is there already; remove it, or give another folder")
         self.tensors = self._placed()

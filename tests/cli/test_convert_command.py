@@ -171,7 +171,15 @@ def test_nothing_is_written_into_the_source(
             said = error("convert", "--to", *options, str(source), str(destination), code=1)
             verb = "is" if destination == iteration else "lies within"
             assert f"{destination} {verb} the source {iteration}, which is only read;" in said
+    # The folder of --save itself: nobody shall be told to remove it.
+    said = error("convert", "--to", "flash", str(adam), str(adam), code=1)
+    assert f"{iteration} is the source {iteration}, which is only read; give another" in said
+    said = error("convert", "--to", "weights", str(adam), str(adam), code=1)
+    assert f"{adam} holds the source {iteration}, which is only read; give another" in said
     assert {str(path): path.lstat().st_mtime_ns for path in sorted(adam.rglob("*"))} == kept
+    (tmp_path / "file").touch()
+    said = error("convert", "--to", "flash", str(adam), str(tmp_path / "file"), code=1)
+    assert f"{tmp_path / 'file'} is there already; remove it, or give another folder" in said
     current = tmp_path / "current"
     current.mkdir()
     monkeypatch.chdir(current)
