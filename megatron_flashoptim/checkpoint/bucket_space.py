@@ -4,7 +4,8 @@ Parameters start at whole quantization groups of a bucket, whatever the data-par
 bucket's state without the padding at its end is the same tensor on any number of ranks. Each
 rank contributes its own slice; nothing is gathered or copied.
 
-The bf16 high part of the master is the model weight, which the checkpoint holds already.
+The bf16 high part of the master is the model weight, which the checkpoint holds already; that of
+a quantized weight is state as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_flashoptim.checkpoint.loading import Loading, saved_state_dict
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.shard import CORRECTION, GROUP_STATE, BucketShard
+
+# In place of a dtype: weights of another format, beside which the state has a high part.
+QUANTIZED = "quantized"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ class BucketSpace:
         return [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in self.buffers]
 
     def weights(self) -> list[str]:
-        """Return the dtype of the weights of each buffer, such as ``"bfloat16"``."""
+        """Return the dtype of each buffer's weights, ``"bfloat16"`` and so on, or ``QUANTIZED``."""
         shards = iter(self.shards)
         of_buffers = [[next(shards) for _ in buffer.buckets] for buffer in self.buffers]
-        return [str(first.param.dtype).removeprefix("torch.") for first, *_ in of_buffers]
+        return [
+            QUANTIZED if first.owns_param else str(first.param.dtype).removeprefix("torch.")
+            for first, *_ in of_buffers
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -137,6 +138,45 @@ def check_dtypes(dtypes: Iterable[str], folder: object) -> None:
             "and take that; or load the weights alone with --no-load-optim --no-load-rng, or "
             "--finetune; `megatron-flashoptim convert --to weights` takes the fp32 masters"
         )
+
+
+def were_quantized(common: dict[str, Any]) -> bool:
+    """Return whether the common state of a checkpoint is of a run with quantized weights."""
+    return bool(getattr(common.get("args"), "fp8_param_gather", False))
+
+
+def check_not_quantized(common: dict[str, Any], folder: object) -> None:
+    """Refuse state of Megatron's Adam whose weights are no masters rounded to bf16.
+
+    Args:
+        common: the checkpoint's common state.
+        folder: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: it was saved with ``--fp8-param-gather``.
+    """
+    if were_quantized(common):
+        raise ValueError(
+            f"{folder} was saved by Adam with --fp8-param-gather: its weights are FP8 values, of "
+            "which no high parts of masters can be made. Load it with --fp8-param-gather and "
+            "--optimizer flash_adamw, which converts it and can save it for runs without; or have "
+            "Adam load it without --fp8-param-gather, train a step and save"
+        )
+
+
+def is_near(master: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the weights can be the masters in FP8, which is 3 % off on average.
+
+    Args:
+        master: flat fp32, in host memory.
+        weight: flat, of the same length.
+    """
+    error = total = 0.0
+    for start in range(0, master.numel(), AT_ONCE):
+        exact = master[start : start + AT_ONCE]
+        error += float((weight[start : start + AT_ONCE].to(exact) - exact).abs().sum())
+        total += float(exact.abs().sum())
+    return error <= 0.1 * total
 
 
 def belongs(master: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -11,27 +11,50 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
 from megatron_flashoptim.checkpoint.conversion import convert_correction
+from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec.master import correction_dtype
 
 TENSORS = "tensors"
 _LOADING = "loading"
 
 
+class ReadsFolder:
+    """What reads more of a checkpoint's folder once Megatron has loaded it.
+
+    Attributes:
+        folder: the checkpoint's, None until ``tell_folder``.
+    """
+
+    folder: str | None = None
+
+
+def tell_folder(sharded_state_dict: object, folder: str) -> None:
+    """Give the checkpoint's folder to all in a sharded state dict that read it."""
+    if not isinstance(sharded_state_dict, dict | list):
+        return
+    for value in nested_values(sharded_state_dict):
+        if isinstance(value, LocalNonpersistentObject) and isinstance(value.obj, ReadsFolder):
+            value.obj.folder = str(folder)
+
+
 @dataclass
-class Loading:
+class Loading(ReadsFolder):
     """Sharded tensors by number, in the order in which they were added.
 
     Attributes:
         sharded: what Megatron reads; its data are live state or temporary tensors.
         targets: the same data, which Megatron may have replaced in the loaded state dict.
+        weights: to be read from the folder, since Megatron reads the same elements otherwise.
         actions: called in order after everything is read.
     """
 
     sharded: dict[str, ShardedTensor] = field(default_factory=dict)
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: list[ShardedTensor] = field(default_factory=list)
     actions: list[Callable[[], None]] = field(default_factory=list)
 
     def read(self, sharded: ShardedTensor) -> None:
@@ -58,6 +81,27 @@ class Loading:
             self.read(replace(sharded, data=saved, dtype=dtype))
             self.actions.append(_Convert(saved, live))
 
+    def read_weights(self) -> None:
+        """Read ``weights`` into their data.
+
+        Raises:
+            ValueError: nobody has told the folder, or it is damaged.
+        """
+        if not self.weights:
+            return
+        if self.folder is None:
+            raise ValueError(
+                "high parts of quantized weights are read from the checkpoint's folder, which is "
+                "known only after megatron_flashoptim.install(); call it before "
+                "dist_checkpointing.load"
+            )
+        reader = CheckpointReader(self.folder)
+        for sharded in self.weights:
+            read = torch.zeros_like(sharded.data, device="cpu")
+            partly = sharded.allow_shape_mismatch
+            reader.read_into(read, sharded.key, sharded.global_offset, partly=partly)
+            sharded.data.copy_(read)
+
     def state_dict(self) -> dict[str, object]:
         """Return the sharded state dict; ``finish`` takes what Megatron makes of it."""
         return {TENSORS: dict(self.sharded), _LOADING: LocalNonpersistentObject(self)}
@@ -74,6 +118,7 @@ def finish(loaded: dict[str, object]) -> None:
         source = tensors[number]
         if source.data_ptr() != target.data_ptr():  # read by another rank, or moved
             target.copy_(source.view(target.shape))
+    loading.read_weights()
     for action in loading.actions:
         action()
 

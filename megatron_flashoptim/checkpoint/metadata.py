@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from megatron_flashoptim.checkpoint.bucket_space import BucketSpace
+from megatron_flashoptim.checkpoint.bucket_space import QUANTIZED, BucketSpace
 from megatron_flashoptim.checkpoint.conversion import can_convert_correction
 from megatron_flashoptim.codec.spec import FORMAT_VERSION, GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
@@ -75,8 +75,11 @@ PER_ELEMENT_SCALES = "per_element_scales"
 # dtypes of the buffers (dp_reshardable), or model keys (fully_reshardable).
 BUFFER_WEIGHTS = "buffer_weights"
 FP32_WEIGHTS = "fp32_weights"
+# In checkpoints in fully_reshardable of a model with quantized weights: model keys whose masters
+# have a high part of their own.
+QUANTIZED_WEIGHTS = "quantized_weights"
 # What ``describe_groups`` adds.
-OF_MODEL_SPACE = (PER_ELEMENT_SCALES, FP32_WEIGHTS)
+OF_MODEL_SPACE = (PER_ELEMENT_SCALES, FP32_WEIGHTS, QUANTIZED_WEIGHTS)
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 
 
@@ -111,16 +114,20 @@ def describe_buckets(spaces: Sequence[BucketSpace]) -> dict[str, Any]:
     return described
 
 
-def describe_groups(per_element: Iterable[str], fp32: Iterable[str] = ()) -> dict[str, Any]:
+def describe_groups(
+    per_element: Iterable[str], fp32: Iterable[str] = (), quantized: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return what ``fully_reshardable`` depends on.
 
     Args:
         per_element: model keys with scales per element.
         fp32: model keys with fp32 weights in a bf16 model.
+        quantized: model keys whose high parts are saved beside the weights.
     """
     described = {PER_ELEMENT_SCALES: sorted(per_element)}
-    if fp32 := sorted(fp32):
-        described[FP32_WEIGHTS] = fp32
+    for name, keys in ((FP32_WEIGHTS, fp32), (QUANTIZED_WEIGHTS, quantized)):
+        if found := sorted(keys):
+            described[name] = found
     return described
 
 
@@ -254,9 +261,15 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
             "Checkpoints saved with --dist-ckpt-optim-fully-reshardable load anywhere"
         )
     if theirs != dtypes:
+        advice = _SAME_DTYPES
+        if QUANTIZED in chain(*theirs, *dtypes):
+            advice = (
+                "give or drop --fp8-param-gather as in the run that saved it; checkpoints saved "
+                "with --dist-ckpt-optim-fully-reshardable load either way"
+            )
         raise ValueError(
             f"the checkpoint was saved with weights of {theirs} in DDP's buffers, this run has "
-            f"{dtypes}; {_SAME_DTYPES}"
+            f"{dtypes}; {advice}"
         )
 
 

@@ -9,13 +9,17 @@ under ``optimizer.state.exp_avg_scale.KEY``, where no group runs over the end of
 whose local rows are no multiple of 32 are saved with one scale per element instead, under
 ``optimizer.state.exp_avg_scale_per_element.KEY``; which ones those are is part of the checkpoint's
 metadata. ``conversion.regroup`` makes groups of scales per element.
+
+The high part of a master is the model's weight, but for quantized weights. Of their keys, which are
+part of the metadata too, the high parts are saved under ``optimizer.state.high.KEY``, and any run
+takes them from there. A run with quantized weights takes those of other keys from the weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -25,7 +29,7 @@ from megatron_flashoptim.checkpoint.conversion import SCALE_OF, regroup
 from megatron_flashoptim.checkpoint.loading import Loading, saved_state_dict
 from megatron_flashoptim.checkpoint.pieces import Piece
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
-from megatron_flashoptim.optim.shard import CORRECTION, GROUP_STATE, BucketShard
+from megatron_flashoptim.optim.shard import CORRECTION, GROUP_STATE, HIGH, BucketShard
 
 PREFIX = "optimizer.state"
 PER_ELEMENT = "per_element"
@@ -107,16 +111,29 @@ class ModelSpace:
                 found[piece.key] = (before + numel, math.prod(piece.global_shape))
         return found
 
-    def saving(self, per_element: Container[str]) -> dict[str, object]:
+    def quantized_keys(self) -> set[str]:
+        """Return model keys of which this rank has quantized weights."""
+        return {p.key for owned in self.ranges if owned.shard.owns_param for p in owned.pieces}
+
+    def saving(
+        self, per_element: Container[str], quantized: Container[str] = ()
+    ) -> dict[str, object]:
         """Return the sharded state dict to save.
 
         Args:
             per_element: model keys that any rank has broken groups for; their scales are saved
                 per element by all ranks.
+            quantized: model keys of which any rank has quantized weights; their high parts are
+                saved by all ranks, since a key may hold layers of both kinds.
         """
         sharded: list[ShardedTensor] = []
         for owned in self.ranges:
+            for piece in owned.pieces:
+                if piece.key in quantized:
+                    sharded += self._elements(owned, piece, HIGH, owned.elements(owned.shard.param))
             for name, tensor in owned.shard.state():
+                if name == HIGH:
+                    continue
                 expanded = None
                 for piece in owned.pieces:
                     if name not in GROUP_STATE:
@@ -129,15 +146,19 @@ class ModelSpace:
                         sharded += self._elements(owned, piece, f"{name}_{PER_ELEMENT}", expanded)
         return saved_state_dict(sharded)
 
-    def loading(self, per_element: Container[str], saved_bits: int) -> dict[str, object]:
+    def loading(
+        self, per_element: Container[str], saved_bits: int, quantized: Container[str] = ()
+    ) -> dict[str, object]:
         """Return the sharded state dict to load, see ``loading.finish``.
 
         Args:
             per_element: model keys whose scales the checkpoint holds per element.
             saved_bits: master bits of the checkpoint.
+            quantized: model keys whose high parts the checkpoint holds beside the weights.
         """
         loading = Loading()
         for owned in self.ranges:
+            self._load_high(loading, owned, quantized)
             as_it_is = all(
                 piece.key not in per_element and piece.has_whole_groups(owned.shape)
                 for piece in owned.pieces
@@ -147,7 +168,7 @@ class ModelSpace:
                     for piece in owned.pieces:
                         for box in self._groups(owned, piece, name, owned.groups(tensor)):
                             loading.read(box)
-                elif name not in GROUP_STATE:
+                elif name not in (*GROUP_STATE, HIGH):
                     for piece in owned.pieces:
                         for box in self._elements(owned, piece, name, owned.elements(tensor)):
                             if name == CORRECTION:
@@ -157,6 +178,28 @@ class ModelSpace:
             if not as_it_is:
                 self._load_regrouped(loading, owned, per_element)
         return loading.state_dict()
+
+    def _load_high(self, loading: Loading, owned: OwnedRange, quantized: Container[str]) -> None:
+        """Read high parts that are no weights of the checkpoint, or none of this run."""
+        for piece in owned.pieces:
+            if piece.key not in quantized and not owned.shard.owns_param:
+                continue
+            live = owned.elements(owned.shard.param)
+            # Weights are loaded by Megatron as well, before or after this.
+            target = live if owned.shard.owns_param else torch.zeros_like(live)
+            for box in self._elements(owned, piece, HIGH, target):
+                if piece.key in quantized:
+                    loading.read(box)
+                else:
+                    loading.weights.append(replace(box, key=piece.key))
+            if target is live:
+                continue
+            for of_piece in owned.boxes(piece):
+                read, place = (
+                    view_of_box(flat, owned.shape, owned.param_start, of_piece)
+                    for flat in (target, live)
+                )
+                loading.actions.append(_Copy(read, place))
 
     def _elements(
         self, owned: OwnedRange, piece: Piece, name: str, flat: torch.Tensor
@@ -252,6 +295,17 @@ class ModelSpace:
                 scales, owned.shape, owned.param_start, box, leading=piece.prepended
             )
             loading.actions.append(_Expand(covering, offset[-1] - first * GROUP_SIZE, target))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Put what was read in its place."""
+
+    read: torch.Tensor
+    target: torch.Tensor
+
+    def __call__(self) -> None:
+        self.target.copy_(self.read)
 
 
 @dataclass(frozen=True)

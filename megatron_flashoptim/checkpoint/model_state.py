@@ -20,7 +20,7 @@ from megatron_flashoptim.checkpoint.metadata import FULLY_SHARDED_MODEL_SPACE
 from megatron_flashoptim.checkpoint.model_space import PER_ELEMENT, in_groups
 from megatron_flashoptim.codec import join_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
-from megatron_flashoptim.optim.shard import CORRECTION
+from megatron_flashoptim.optim.shard import CORRECTION, HIGH
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,12 @@ class ModelState:
         key = span.chunk.key
         return self._read(span, key, self._reader.tensors()[key].properties.dtype)
 
+    def high(self, span: Span) -> torch.Tensor:
+        """Return the high parts of flash masters, flat: the weights, or what is kept for them."""
+        if (key := self._kinds[span.chunk.key].get(HIGH)) is None:
+            return self.weight(span)
+        return self._read(span, key, torch.bfloat16)
+
     def master(self, span: Span) -> torch.Tensor:
         """Return master weights, flat fp32.
 
@@ -141,12 +147,12 @@ class ModelState:
             ValueError: the checkpoint lacks them.
         """
         if self._folder.optimizer == FLASH:
-            weight = self.weight(span)
+            high = self.high(span)
             if CORRECTION not in self._kinds[span.chunk.key]:
-                return weight.to(torch.float32)
+                return high.to(torch.float32)
             key = self._kinds[span.chunk.key][CORRECTION]
             dtype = self._reader.tensors()[key].properties.dtype
-            return join_master(weight, self._read(span, key, dtype))
+            return join_master(high, self._read(span, key, dtype))
         return self._read_fp32(span, OLDER_MASTER if self._older else MASTER)
 
     def belongs(self, chunk: Chunk, most: int) -> bool:
@@ -156,9 +162,9 @@ class ModelState:
             chunk: with optimizer state.
             most: elements to read at once, a multiple of 32.
         """
-        return all(
-            deviation.belongs(self.master(span), self.weight(span)) for span in chunk.cut(most)
-        )
+        quantized = deviation.were_quantized(self._folder.common)
+        same = deviation.is_near if quantized else deviation.belongs
+        return all(same(self.master(span), self.weight(span)) for span in chunk.cut(most))
 
     def moment(self, span: Span, kind: str) -> torch.Tensor:
         """Return a moment, ``"exp_avg"`` or ``"exp_avg_sq"``, flat fp32.

@@ -32,7 +32,7 @@ from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.master import correction_dtype
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
-from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ
+from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ, HIGH
 
 # Elements of a span: one box of each new tensor, in memory at once. Models of more than so many
 # elements have longer spans: what describes each box, about 1 kB, is in memory too.
@@ -117,6 +117,7 @@ class Recoding:
                 f"{folder.path} has the optimizer state {', '.join(unknown)}, which is not of "
                 "Megatron's Adam: it cannot be converted"
             )
+        deviation.check_not_quantized(folder.common, folder.path)
         if self.target == ADAM and not repair:
             raise ValueError(
                 f"{folder.path} is a checkpoint of Megatron's Adam already; with --repair, --to "
@@ -184,7 +185,14 @@ class Recoding:
     def described(self) -> dict[str, Any]:
         """Return the description of the new flash state."""
         described = metadata.describe(self.flash, self.weights_dtype)
-        return described | metadata.describe_groups(self.per_element, self._fp32_in_bf16())
+        return described | metadata.describe_groups(
+            self.per_element, self._fp32_in_bf16(), self._quantized
+        )
+
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        """Model keys whose masters have high parts beside the weights."""
+        return frozenset(self._folder.flash.get(metadata.QUANTIZED_WEIGHTS, ()))
 
     def _fp32_in_bf16(self) -> list[str]:
         """Return the model keys with fp32 weights in a bf16 model."""
@@ -233,6 +241,8 @@ class Recoding:
                 yield f"{PREFIX}.{kind}.{key}", torch.float32, False
             return
         correction = correction_dtype(self.flash.master_bits)
+        if key in self._quantized:
+            yield f"{PREFIX}.{HIGH}.{key}", torch.bfloat16, False
         if weight == torch.bfloat16 and correction is not None:
             yield f"{PREFIX}.{CORRECTION}.{key}", correction, False
         for kind in self.moments:
@@ -291,6 +301,8 @@ class Recoding:
             stored = join_master(high[part], split)
             report.deviations[MASTER].add(deviation.of_master(stored, master[part]))
         found = {(key, False): high}
+        if key in self._quantized:
+            found = {(key, False): weight, (f"{PREFIX}.{HIGH}.{key}", False): high}
         if correction is not None:
             found[f"{PREFIX}.{CORRECTION}.{key}", False] = correction
         return found

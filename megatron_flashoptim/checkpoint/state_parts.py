@@ -30,7 +30,7 @@ from megatron_flashoptim.checkpoint.model_space import PER_ELEMENT
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec import join_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
-from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ, GROUP_STATE
+from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ, GROUP_STATE, HIGH
 
 # Kinds of values a part may have, beside the moments and the correction.
 WEIGHT = "weight"
@@ -180,7 +180,9 @@ def parts(folder: CheckpointFolder) -> list[Part]:
     for key in sorted({*weights, *state}):
         saved = {_kind(kind, folder.optimizer): name for kind, name in state.get(key, {}).items()}
         keys = {kind.removesuffix(f"_{PER_ELEMENT}"): name for kind, name in saved.items()}
-        if key in weights:
+        if HIGH in keys:  # of a quantized weight, in whose place it is stepped
+            keys[WEIGHT] = keys.pop(HIGH)
+        elif key in weights:
             keys[WEIGHT] = key
         found += list(_layers(key, keys, common))
     return _in_depth_order(found) + _in_depth_order(list(_buckets(folder, common)))
@@ -228,7 +230,7 @@ def _buckets(folder: CheckpointFolder, common: dict[str, Any]) -> Iterator[Part]
     keys: dict[tuple[str, int], dict[str, str]] = {}
     for key in folder.reader.tensors():
         if match := _BUCKET.fullmatch(key):
-            kind = _kind(match["kind"], folder.optimizer)
+            kind = WEIGHT if match["kind"] == HIGH else _kind(match["kind"], folder.optimizer)
             keys.setdefault((match["before"], int(match["number"])), {})[kind] = key
     for (before, number), of_bucket in sorted(keys.items()):
         some = next(key for kind, key in of_bucket.items() if kind not in GROUP_STATE)

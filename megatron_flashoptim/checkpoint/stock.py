@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
 from megatron_flashoptim.checkpoint import deviation
 from megatron_flashoptim.checkpoint.boxes import Box, view_of_box
@@ -29,6 +27,7 @@ from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_moment, e
 from megatron_flashoptim.checkpoint.deviation import AT_ONCE, Report
 from megatron_flashoptim.checkpoint.folder import MASTER, OLDER_MASTER, load_common
 from megatron_flashoptim.checkpoint.fragments import read_fragments
+from megatron_flashoptim.checkpoint.loading import ReadsFolder
 from megatron_flashoptim.checkpoint.model_space import PREFIX, ModelSpace, OwnedRange
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec import join_master, split_master
@@ -83,12 +82,12 @@ class StockRange:
 
 
 @dataclass
-class StockLoading:
+class StockLoading(ReadsFolder):
     """State to be converted once Megatron has loaded the weights.
 
     Attributes:
         ranges: what this rank owns.
-        folder: the checkpoint's, see ``tell_folder``.
+        folder: the checkpoint's, see ``loading.tell_folder``.
     """
 
     ranges: Sequence[StockRange]
@@ -121,18 +120,11 @@ class StockLoading:
             deviation.check_dtypes(_dtypes_of_weights(self.ranges, reader), self.folder)
             for owned in self.ranges:
                 _convert_range(owned, reader, report)
+            if report.damaged and not any(owned.shard.owns_param for owned in self.ranges):
+                deviation.check_not_quantized(load_common(Path(self.folder)), self.folder)
         except (ValueError, OSError) as problem:
             report.problem = str(problem)
         return report
-
-
-def tell_folder(sharded_state_dict: object, folder: str) -> None:
-    """Give the checkpoint's folder to the ``StockLoading`` objects in a sharded state dict."""
-    if not isinstance(sharded_state_dict, dict | list):
-        return
-    for value in nested_values(sharded_state_dict):
-        if isinstance(value, LocalNonpersistentObject) and isinstance(value.obj, StockLoading):
-            value.obj.folder = str(folder)
 
 
 def ranges_of_model(space: ModelSpace, *, older: bool = False) -> list[StockRange]:
@@ -230,7 +222,8 @@ def _convert_range(owned: StockRange, reader: CheckpointReader, report: Report) 
     elements = slice(owned.start, owned.end)
     weight = owned.shard.param[elements]
     master = _read(owned, reader, MASTER)
-    if not deviation.belongs(master, weight):
+    same = deviation.is_near if owned.shard.owns_param else deviation.belongs
+    if not same(master, weight):
         report.damaged.append(owned.name)
         return
     for start in range(0, master.numel(), AT_ONCE):

@@ -13,7 +13,11 @@ from typing import Any
 
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.megatron.release.support import refusal as release_refusal
-from megatron_flashoptim.megatron.support import early_gather_refusal, first_refusal
+from megatron_flashoptim.megatron.support import (
+    early_gather_refusal,
+    first_refusal,
+    quantized_refusal,
+)
 from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig, fields_refusal
 from megatron_flashoptim.optim.rules import RULES
 
@@ -154,8 +158,11 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
         config.rule.options(namespace, config)
     except ValueError as problem:
         error(str(problem))
-    if config.early_param_gather:
-        refusal = early_gather_refusal(namespace)
+    for applies, refusal_of in (
+        (config.early_param_gather, early_gather_refusal),
+        (getattr(namespace, "fp8_param_gather", False), quantized_refusal),
+    ):
+        refusal = refusal_of(namespace) if applies else None
         if refusal is not None:
             error(refusal)
     refusal = release_refusal(config, namespace)

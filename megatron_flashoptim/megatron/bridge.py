@@ -154,8 +154,6 @@ class FlashOptimizerConfig(OptimizerConfig):
         """
         flash = self.flash()
         self._refuse(_parts(container))
-        if not flash.early_param_gather:
-            return
         transformer = getattr(container.model, "transformer", container.model)
         options = SimpleNamespace(
             # Bridge lets either stand for both.
@@ -164,7 +162,16 @@ class FlashOptimizerConfig(OptimizerConfig):
             optimizer_cuda_graph=self.optimizer_cuda_graph,
             cuda_graph_impl=getattr(transformer, "cuda_graph_impl", None),
         )
-        refusal = support.early_gather_refusal(options)
+        refusal = support.early_gather_refusal(options) if flash.early_param_gather else None
+        if refusal is None and container.ddp.fp8_param_gather:
+            refusal = support.quantized_refusal(
+                SimpleNamespace(
+                    fp8_recipe=getattr(transformer, "fp8_recipe", None),
+                    optimizer_cuda_graph=self.optimizer_cuda_graph,
+                    flash_early_param_gather=flash.early_param_gather,
+                    flash_gradient_release=flash.gradient_release,
+                )
+            )
         if refusal is not None:
             raise ValueError(_in_fields(refusal))
 

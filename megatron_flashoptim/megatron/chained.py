@@ -51,6 +51,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 )
         super().__init__(chained_optimizers)
         self._agreed: dict[str, Any] | None = None
+        # Whether weights are to be made of the high parts that a checkpoint has beside them.
+        self._loads_quantized = False
         members = [member for member in chained_optimizers if not member.is_stub_optimizer]
         # Here too, since a Megatron with one of patches/ does not call get_megatron_optimizer.
         for member in members:
@@ -179,8 +181,14 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """
         super().reload_model_params(state_dict=state_dict)
         if state_dict is not None:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+            self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Let all ranks have the weights that each has changed its own part of."""
+        for member in self.chained_optimizers:
+            member._copy_main_params_to_model_params()
+        for chunk in self.model_chunks:
+            chunk.start_param_sync(force_sync=True)
 
     def count_zeros(self) -> int:
         """Return the number of zero gradient elements over all members."""
@@ -262,13 +270,15 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 "more with --expert-model-parallel-size above 1, and with "
                 "--overlap-param-gather-with-optimizer-step; give both as in the run that saved it"
             )
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
         if not isinstance(state_dict, dict) or metadata.MERGED not in state_dict:
             super().load_state_dict(state_dict)
-            return
-        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        for number, member in enumerate(members):
-            param_state = state_dict[_PARAM_STATE][str(number)]
-            member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
+        else:
+            for number, member in enumerate(members):
+                param_state = state_dict[_PARAM_STATE][str(number)]
+                member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
+        if self._loads_quantized:
+            self._gather_weights()
 
     def _stock_state_dict(
         self, content: dict[str, Any], model_sharded_state_dict: Any
@@ -303,6 +313,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     own = state_dict.get(_STOCK_GROUPS, {}).get(str(number))
                     saved = own["param_groups"] if own else shared
                     member.load_stock_param_groups(saved, args)
+                    member.read_high_parts(member.optimizer.shards)  # of the weights just loaded
             local = state_dict[_STOCK].convert()
         except ValueError as problem:
             local = Report(problem=str(problem))
@@ -313,8 +324,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         report.check()
         # Shown at Megatron's default level: this happens once, and is not without loss.
         log_single_rank(logger, logging.WARNING, report.text())
-        for chunk in self.model_chunks:  # ranks have moved their own part of the weights
-            chunk.start_param_sync(force_sync=True)
+        self._gather_weights()
 
     def _check(
         self,
@@ -324,6 +334,9 @@ class FlashChainedOptimizer(ChainedOptimizer):
     ) -> None:
         saved = content[metadata.KEY]
         metadata.check(saved, members[0].flash, members[0].weights_dtype())
+        self._loads_quantized = metadata.QUANTIZED_WEIGHTS in saved or any(
+            chunk.ddp_config.fp8_param_gather for chunk in self.model_chunks
+        )
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
             metadata.check_buckets(saved, [m.bucket_space() for m in members])
             return
@@ -357,15 +370,18 @@ class FlashChainedOptimizer(ChainedOptimizer):
         for member in members:
             space = member.model_space(model_sharded_state_dict)
             dtypes = member.weights_of_keys(model_sharded_state_dict)
-            local.append((space.keys_with_broken_groups(), space.covered(), dtypes))
+            whole = space.keys_with_broken_groups(), space.quantized_keys()
+            local.append((*whole, space.covered(), dtypes))
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, local)
         described = [member for rank in gathered for member in rank]
-        metadata.check_covered(covered for _, covered, _ in described)
-        fp32 = metadata.fp32_keys({pair for _, _, pairs in described for pair in pairs})
-        per_element = {key for keys, _, _ in described for key in keys}
+        broken, quantized, covered, dtypes_of_keys = zip(*described, strict=True)
+        metadata.check_covered(covered)
+        fp32 = metadata.fp32_keys(set().union(*dtypes_of_keys))
         in_bf16 = members[0].weights_dtype() == metadata.BFLOAT16
-        return metadata.describe_groups(per_element, fp32 if in_bf16 else ())
+        return metadata.describe_groups(
+            set().union(*broken), fp32 if in_bf16 else (), set().union(*quantized)
+        )
 
     def state_bytes(self) -> int:
         """Return the bytes of optimizer state on this rank."""
@@ -415,7 +431,17 @@ class FlashChainedOptimizer(ChainedOptimizer):
         if fp32 == owned:
             return "fp32 weights as masters"
         masters = f"{flash.master_bits}-bit masters ({flash.master_rounding} rounding)"
-        return f"{masters}, {fp32} of {owned} weights fp32 masters" if fp32 else masters
+        if fp32:
+            masters += f", {fp32} of {owned} weights fp32 masters"
+        quantized = sum(
+            item.end - item.start
+            for member in members
+            for item in member.shard_params
+            if member.optimizer.shards[item.shard].owns_param
+        )
+        if quantized:
+            masters += f", {quantized} with a bf16 high part beside the quantized weight"
+        return masters
 
 
 _PARAM_STATE = "param_state"

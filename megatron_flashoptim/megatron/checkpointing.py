@@ -253,9 +253,10 @@ class FlashCheckpointing(_Base):
         described = _format(metadata)
         space = self.model_space(model_sharded_state_dict)
         per_element = frozenset(described[flash_metadata.PER_ELEMENT_SCALES])
+        quantized = frozenset(described.get(flash_metadata.QUANTIZED_WEIGHTS, ()))
         if not is_loading:
-            return space.saving(per_element)
-        return space.loading(per_element, described["master_bits"])
+            return space.saving(per_element, quantized)
+        return space.loading(per_element, described["master_bits"], quantized)
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
         """Return fp32 masters and moments of all ranks on the first one, for the legacy format."""

@@ -29,6 +29,7 @@ from megatron_flashoptim.megatron.layout import (
     group_aligned_buffers,
 )
 from megatron_flashoptim.megatron.params_norm import Master, remember
+from megatron_flashoptim.megatron.quantized import QuantizedWeights, is_quantized, main_param_of
 from megatron_flashoptim.megatron.release.buffers import check_buffer, released_buffers
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import BucketShard, FlashOptimConfig, FlashOptimizer
@@ -36,7 +37,7 @@ from megatron_flashoptim.optim.segments import Segment, SegmentTable
 
 
 @versions.also_under_older_names
-class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
+class FlashDistributedOptimizer(FlashCheckpointing, QuantizedWeights, DistributedOptimizer):
     """Data-parallel sharded AdamW, or another rule, of 3.125 bytes of state per owned parameter.
 
     Takes the arguments of Megatron's ``DistributedOptimizer``; ``optimizer`` is used for its
@@ -163,14 +164,19 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         """Let the base class build param groups of views, without any main parameter."""
         views_only = copy.copy(config)
         views_only.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        views_only.fp8_recipe = None  # no views of quantized weights with any recipe
         groups = super()._build_model_and_main_param_groups(
             gbuf_ranges, param_gbuf_map, opt_group_ranges, views_only
         )
         model_float16, model_fp32, shard_float16, shard_fp32, main = groups
-        for model_group, shard_group in zip(model_float16, shard_float16, strict=True):
-            for model_param, shard_param in zip(model_group, shard_group, strict=True):
+        for number, model_group in enumerate(model_float16):
+            for index, model_param in enumerate(model_group):
+                if shard_float16[number][index] is None:
+                    shard_float16[number][index] = main_param_of(model_param)
                 # The bf16 view is the high part of the master.
-                model_param.main_param = shard_param
+                model_param.main_param = shard_float16[number][index]
+            owned = [*shard_fp32[number], *shard_float16[number]]
+            opt_group_ranges[number]["orig_group"]["params"] = owned
         return model_float16, model_fp32, shard_float16, shard_fp32, [[] for _ in main]
 
     def _build_shards(self) -> None:
@@ -213,6 +219,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
                     )
                 self.shard_buckets.append(bucket)
                 shards.append(_shard_of_bucket(bucket, buffer, segments, self.flash))
+        self.make_high_parts(shards)
         for item in self.shard_params:
             remember(item.param, Master(shards[item.shard], item.start, item.end))
         # Not a buffer's device: a rank whose parameters are all frozen has no buffer.
@@ -396,9 +403,6 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
             self.optimizer.table.skip.copy_(self.found_inf)
         return bool(self.found_inf.item() > 0)
 
-    def _copy_main_params_to_model_params(self) -> None:
-        """Do nothing: the step writes the model weights themselves."""
-
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
         """Start from the model weights: corrections become zero.
@@ -409,6 +413,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, DistributedOptimizer):
         """
         if self.is_stub_optimizer:
             return
+        self.read_high_parts(self.optimizer.shards)
         for shard in self.optimizer.shards:
             if shard.correction is not None:
                 shard.correction.zero_()
@@ -440,21 +445,27 @@ def _shard_of_bucket(
 ) -> BucketShard:
     rank = buffer.data_parallel_group.rank()
     numel = bucket.grad_data.numel() // buffer.data_parallel_group.size()
+    quantized = is_quantized(buffer)
     if bucket.param_data is None or bucket.param_data.numel() != bucket.grad_data.numel():
         raise ValueError(
             "flash optimizers step the weights in DDP's param buffer, and this bucket has none "
             "of its gradient buffer's size; use bf16 or fp32 parameters with "
             "--use-distributed-optimizer"
         )
-    check_weights(bucket.params_list, bucket.param_data)
     mine = slice(rank * numel, (rank + 1) * numel)
+    if quantized:
+        param = torch.zeros(numel, dtype=torch.bfloat16, device=bucket.grad_data.device)
+    else:
+        check_weights(bucket.params_list, bucket.param_data)
+        param = bucket.param_data[mine]
     return BucketShard(
-        param=bucket.param_data[mine],
+        param=param,
         grad=bucket.grad_data[mine],
         segments=SegmentTable(segments, numel // GROUP_SIZE, bucket.grad_data.device),
         master_bits=flash.master_bits,
         exp_avg_sq_code=flash.exp_avg_sq_code,
         rule=flash.rule,
+        owns_param=quantized,
     )
 
 

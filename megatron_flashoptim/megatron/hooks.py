@@ -123,7 +123,7 @@ def before_load(sharded_state_dict: Any, checkpoint_dir: str) -> None:
         ValueError: names the files that are missing or too short.
     """
     from megatron_flashoptim.checkpoint.damage import check_files_together
-    from megatron_flashoptim.checkpoint.stock import tell_folder
+    from megatron_flashoptim.checkpoint.loading import tell_folder
 
     check_files_together(checkpoint_dir)
     tell_folder(sharded_state_dict, checkpoint_dir)

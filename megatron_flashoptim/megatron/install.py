@@ -157,7 +157,7 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
             from megatron_flashoptim.checkpoint.damage import check_files_together
 
             check_files_together(checkpoint_dir)
-        from megatron_flashoptim.checkpoint.stock import tell_folder
+        from megatron_flashoptim.checkpoint.loading import tell_folder
 
         tell_folder(sharded_state_dict, checkpoint_dir)
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)

@@ -147,7 +147,8 @@ def check_weights(params: Iterable[torch.nn.Parameter], param_data: torch.Tensor
             raise ValueError(
                 f"flash optimizers step bf16 and fp32 weights in DDP's param buffer, and got a "
                 f"{type(param).__qualname__} of {param.dtype} in a buffer of {param_data.dtype}; "
-                "build the model without --fp16 and --fp8-param-gather (fp8_model_init)"
+                "build the model without --fp16, and with fp8_model_init under --fp8-param-gather "
+                "only"
             )
 
 

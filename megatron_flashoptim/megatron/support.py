@@ -79,13 +79,6 @@ REFUSED = (
         "it steps the buckets of DistributedDataParallel; drop the flag",
     ),
     Refused(
-        "fp8_param_gather",
-        _is_set,
-        "--fp8-param-gather",
-        "the master's high part is the bf16 weight, stepped in place, and this is FP8; drop the "
-        "flag: with --fp8-format alone weights stay bf16 and are cast to FP8 where they are used",
-    ),
-    Refused(
         "fp4_param_gather",
         _is_set,
         "--fp4-param-gather",
@@ -96,8 +89,7 @@ REFUSED = (
         "reuse_grad_buf_for_mxfp8_param_ag",
         _is_set,
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        "it is for --fp8-param-gather, and weights must live in a param buffer of their own; drop "
-        "the flag",
+        "it is for --fp8-param-gather with --fp8-recipe mxfp8, which is refused too; drop the flag",
     ),
     Refused(
         "qk_clip",
@@ -187,6 +179,42 @@ REFUSED_WITH_CUDA_GRAPH = (
 )
 
 
+# With --fp8-param-gather.
+REFUSED_WITH_QUANTIZED = (
+    Refused(
+        "fp8_recipe",
+        lambda value: value not in (None, "delayed", "tensorwise", "blockwise"),
+        "--fp8-recipe other than delayed, tensorwise or blockwise",
+        "such weights need a GPU of the Blackwell generation, on which this was never tried; drop "
+        "--fp8-param-gather: with --fp8-format alone weights stay bf16 and are cast where used",
+    ),
+    Refused(
+        "optimizer_cuda_graph",
+        _is_set,
+        "--optimizer-cuda-graph",
+        "weights are quantized after the step, which is no part of the graph; drop one of the two",
+    ),
+    Refused(
+        "flash_early_param_gather",
+        _is_set,
+        "--flash-early-param-gather",
+        "weights are quantized after all buckets are stepped; drop one of the two",
+    ),
+    Refused(
+        "flash_gradient_release",
+        _is_set,
+        "--flash-gradient-release",
+        "weights are quantized by Megatron in optimizer.step(); drop one of the two",
+    ),
+    Refused(
+        "ckpt_format",
+        lambda value: value != "torch_dist",
+        "--ckpt-format other than torch_dist",
+        "high parts of quantized weights are saved in no other format; use torch_dist",
+    ),
+)
+
+
 # With --flash-early-param-gather.
 REFUSED_WITH_EARLY_GATHER = (
     Refused(
@@ -239,6 +267,18 @@ def early_gather_refusal(options: Any) -> str | None:
     if option is None:
         return None
     return f"--flash-early-param-gather cannot be used with {option.flag}: {option.reason}"
+
+
+def quantized_refusal(options: Any) -> str | None:
+    """Return why the options cannot be combined with ``--fp8-param-gather``, or None.
+
+    Args:
+        options: a namespace; options whose field it lacks do not apply.
+    """
+    option = first_refused(options, REFUSED_WITH_QUANTIZED)
+    if option is None:
+        return None
+    return f"--fp8-param-gather cannot be used with {option.flag}: {option.reason}"
 
 
 def refusal_of_the_rule(optimizer: str, options: Any) -> str | None:
@@ -314,6 +354,16 @@ def check_configs(
             cuda_graph_impl=getattr(chunk.config, "cuda_graph_impl", None),
         )
         refusal = early_gather_refusal(options)
+        if refusal is not None:
+            raise ValueError(refusal)
+    if chunk.ddp_config.fp8_param_gather:
+        options = SimpleNamespace(
+            fp8_recipe=config.fp8_recipe,
+            optimizer_cuda_graph=config.optimizer_cuda_graph,
+            flash_early_param_gather=flash.early_param_gather,
+            flash_gradient_release=flash.gradient_release,
+        )
+        refusal = quantized_refusal(options)
         if refusal is not None:
             raise ValueError(refusal)
     if config.optimizer != "adam":

@@ -195,9 +195,9 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._offloaded = True
 
     def restore(self) -> None:
-        """Move the state back beside the weights."""
+        """Move the state back beside the gradients."""
         for shard in self.shards:
-            shard.move_state(shard.param.device)
+            shard.move_state(shard.grad.device)
         self._offloaded = False
 
     def nbytes(self) -> int:

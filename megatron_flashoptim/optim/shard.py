@@ -16,12 +16,13 @@ from megatron_flashoptim.optim.rules import Rule, rule_of
 from megatron_flashoptim.optim.segments import SegmentTable
 
 # Names of the state tensors; also the last part of their checkpoint keys.
+HIGH = "high"
 CORRECTION = "correction"
 EXP_AVG_SCALE = "exp_avg_scale"
 EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
 
 # One element per parameter element, and one per quantization group.
-ELEMENT_STATE = (CORRECTION, EXP_AVG, EXP_AVG_SQ)
+ELEMENT_STATE = (HIGH, CORRECTION, EXP_AVG, EXP_AVG_SQ)
 GROUP_STATE = (EXP_AVG_SCALE, EXP_AVG_SQ_SCALE)
 
 # Codes of each moment, and the name of its scales.
@@ -35,11 +36,13 @@ class BucketShard:
     Attributes:
         param: flat bf16 or fp32 view of the param buffer, n elements, n a multiple of 32. A bf16
             view is the high part of the master weight; an fp32 view is the master itself.
+            Where the model's weights are in another format, a bf16 tensor of the shard's own.
         grad: flat bf16 or fp32 view of the grad buffer, n elements.
         segments: which parameter each quantization group belongs to.
         master_bits: 16, 24 or 32 for a bf16 ``param``.
         exp_avg_sq_code: code of the second moment, see ``codec.spec``.
         rule: the update rule, which says what moments there are; AdamW's if not given.
+        owns_param: whether ``param`` is no view of a param buffer, and thus part of the state.
         correction: int8 (24 bits) or int16 (32 bits), n elements; None for 16-bit masters and
             for fp32 parameters.
         exp_avg: int8 codes of the first moment, n elements.
@@ -58,6 +61,7 @@ class BucketShard:
     master_bits: int = 24
     exp_avg_sq_code: ExpAvgSqCode = "sqrt"
     rule: Rule = field(default_factory=lambda: rule_of("flash_adamw"))
+    owns_param: bool = False
     correction: torch.Tensor | None = field(init=False)
     exp_avg: torch.Tensor = field(init=False)
     exp_avg_scale: torch.Tensor = field(init=False)
@@ -92,6 +96,11 @@ class BucketShard:
         return torch.zeros(numel, dtype=dtype, device=self.param.device)
 
     @property
+    def high(self) -> torch.Tensor | None:
+        """The high part of the master where it is no view of the weights, else None."""
+        return self.param if self.owns_param else None
+
+    @property
     def num_groups(self) -> int:
         """Number of quantization groups."""
         return self.segments.num_groups
@@ -109,5 +118,5 @@ class BucketShard:
             tensor.data = tensor.data.to(device)
 
     def nbytes(self) -> int:
-        """Return the bytes of all tensors the shard holds beside its param and grad views."""
+        """Return the bytes of all tensors the shard holds beside views of Megatron's buffers."""
         return sum(t.nbytes for _, t in self.state()) + self.segments.nbytes()
