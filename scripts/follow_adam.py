@@ -43,7 +43,10 @@ LAYOUTS = {
     "pipeline": "--pipeline-model-parallel-size 2",
     "virtual stages": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "experts": f"{_MOE} --expert-model-parallel-size 2",
+    "nccl user buffers": "--use-nccl-ub --disable-symmetric-registration",
 }
+# Which no CPU has.
+NEEDS_GPUS = ("nccl user buffers",)
 # A quarter of the configuration's learning rate. With the whole of it, and the warm-up of a run of
 # 15 iterations, one gradient norm is ten times its neighbours, or not, by the last bits.
 RUNS = {
@@ -109,14 +112,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--iterations", type=int, default=20, help="of each run (default: 20)")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all")
     parser.add_argument("--json", type=Path, help="file for the rows")
     add_run_options(parser, "follow-out")
     options = parser.parse_args()
     check_run_options(parser, options)
     try:
         setup = choose_setup(options)
-        found = measure(make_launcher(setup, options, options.iterations), options.layouts)
+        on_gpus = setup.device == "cuda"
+        layouts = options.layouts or [n for n in LAYOUTS if on_gpus or n not in NEEDS_GPUS]
+        found = measure(make_launcher(setup, options, options.iterations), layouts)
     except RunFailed as problem:
         sys.exit(f"follow_adam: error: {problem}")
     print(table(found))
