@@ -6,17 +6,20 @@
 runs each layout on two ranks with Megatron's own training loop, on two GPUs where there are any,
 and prints how far losses and gradient norms of flash_adamw are from those of Adam in the same
 layout, and, as a measure, how far those of Adam are with a learning rate 1 % higher. The first
-loss must be the same: nothing has been stepped. The rows hold every iteration's figures.
+loss must be the same: nothing has been stepped. The rows hold every iteration's figures. Layouts
+that need GPUs or Transformer Engine are left out where there are none; --ranks 1 will do for FP8.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from quickstart_runs import Launcher, Run, RunFailed
@@ -33,6 +36,9 @@ _NORM = re.compile(r"iteration +(\d+)/.*grad norm: ([\d.]+)")
 _MOE = (
     "--num-experts 4 --moe-router-topk 2 --disable-bias-linear --moe-token-dispatcher-type alltoall"
 )
+_TE = "--transformer-impl transformer_engine"
+_FP8 = "--fp8-format hybrid --fp8-recipe"
+_RECIPES = ("delayed", "tensorwise", "blockwise")
 LAYOUTS = {
     "data parallel": "",
     "overlap": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100000",
@@ -44,9 +50,13 @@ LAYOUTS = {
     "virtual stages": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "experts": f"{_MOE} --expert-model-parallel-size 2",
     "nccl user buffers": "--use-nccl-ub --disable-symmetric-registration",
+    "transformer engine": _TE,
+    **{f"fp8 {recipe}": f"{_TE} {_FP8} {recipe}" for recipe in _RECIPES},
+    **{f"fp8 weights {r}": f"{_TE} {_FP8} {r} --fp8-param-gather" for r in _RECIPES},
 }
-# Which no CPU has.
+# Which no CPU has, and of these the ones with Transformer Engine.
 NEEDS_GPUS = ("nccl user buffers",)
+NEEDS_TE = tuple(name for name, flags in LAYOUTS.items() if _TE in flags)
 # A quarter of the configuration's learning rate. With the whole of it, and the warm-up of a run of
 # 15 iterations, one gradient norm is ten times its neighbours, or not, by the last bits.
 RUNS = {
@@ -71,6 +81,15 @@ def figures(run: Run) -> Figures:
 def deviations(ours: list[float], theirs: list[float]) -> list[float]:
     """Return the relative differences, iteration by iteration."""
     return [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+
+
+def layouts_of(device: str) -> Iterator[str]:
+    """Yield the layouts that can be trained here."""
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    for name in LAYOUTS:
+        needs_gpu = name in (*NEEDS_GPUS, *NEEDS_TE)
+        if (device == "cuda" or not needs_gpu) and (has_te or name not in NEEDS_TE):
+            yield name
 
 
 def measure(launcher: Launcher, layouts: list[str]) -> dict[str, dict[str, Figures]]:
@@ -119,8 +138,7 @@ def main() -> None:
     check_run_options(parser, options)
     try:
         setup = choose_setup(options)
-        on_gpus = setup.device == "cuda"
-        layouts = options.layouts or [n for n in LAYOUTS if on_gpus or n not in NEEDS_GPUS]
+        layouts = options.layouts or list(layouts_of(setup.device))
         found = measure(make_launcher(setup, options, options.iterations), layouts)
     except RunFailed as problem:
         sys.exit(f"follow_adam: error: {problem}")

@@ -35,7 +35,7 @@ from typing import Any
 
 import quality_report
 from quality_report import Row
-from quickstart_runs import RunFailed, free_port, run_logged, shown
+from quickstart_runs import RunFailed, run_logged, shown
 from quickstart_setup import (
     CUDA_FLAGS,
     REPOSITORY,
@@ -208,7 +208,7 @@ def command_of(
     """Return the command that begins a run, or goes on with it."""
     checkpoints = run.folder / "checkpoints"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command += ["--standalone", "--local-addr", "127.0.0.1"]
     command += ["-m", "megatron_flashoptim.run", "--device", device]
     command += ["--finished", str(run.finished)]
     command += [str(REPOSITORY / "scripts" / "pretrain_gpt.py"), *run.arguments]

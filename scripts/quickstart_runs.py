@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -201,7 +200,7 @@ class Launcher:
         """Run the training script under torchrun, its output going to the log."""
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += ["--nproc-per-node", str(self.ranks)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        command += ["--standalone", "--local-addr", "127.0.0.1"]
         command += ["-m", "megatron_flashoptim.run", "--device", self.device]
         command += [str(self.repository / "scripts" / "pretrain_gpt.py"), *arguments]
         environment = dict(os.environ)
@@ -279,10 +278,3 @@ def _measure(
         checkpoint_bytes=sum(f.stat().st_size for f in saved.rglob("*") if f.is_file()),
         torch_adam=_TORCH_ADAM in text,
     )
-
-
-def free_port() -> int:
-    """Return a port that nothing listens to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

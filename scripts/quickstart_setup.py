@@ -140,7 +140,9 @@ def make_launcher(setup: Setup, options: argparse.Namespace, iterations: int) ->
 
         arguments += MEGATRON_FLAGS
     else:
-        arguments += CUDA_FLAGS
+        # A configuration may ask for Transformer Engine.
+        chosen = "--transformer-impl" in arguments
+        arguments += CUDA_FLAGS[2:] if chosen else CUDA_FLAGS
     identity = {
         "versions": setup.versions,
         "hardware": setup.hardware,

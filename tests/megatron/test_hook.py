@@ -72,7 +72,14 @@ REFUSED = {
     "--optimizer-cpu-offload": ("--optimizer-cpu-offload", "drop the flag"),
     "--use-megatron-fsdp": ("--use-megatron-fsdp", "drop the flag"),
     "--use-torch-fsdp2": ("--use-torch-fsdp2", "drop the flag"),
-    "--fp8-param-gather": ("--fp8-param-gather", "drop the flag"),
+    "--fp8-format hybrid --fp8-recipe mxfp8 --fp8-param-gather": (
+        "--fp8-recipe other than delayed, tensorwise or blockwise",
+        "drop --fp8-param-gather",
+    ),
+    "--fp8-format hybrid --fp8-param-gather --ckpt-format torch": (
+        "--fp8-param-gather cannot be used with --ckpt-format",
+        "use torch_dist",
+    ),
     "--optimizer-cuda-graph --log-num-zeros-in-grad": ("--log-num-zeros-in-grad", "drop one"),
     "--optimizer-cuda-graph --cuda-graph-warmup-steps 0": ("--cuda-graph-warmup-steps", "1 or"),
     "--non-persistent-ckpt-type local": ("--non-persistent-ckpt-type local", "use global"),

@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "flash_adam or flash_sgd",
     ),
     "--optimizer flash_sgd --use-mup": ("--use-mup", "flash_lion"),
-    "--optimizer flash_lion --fp8-param-gather": ("--optimizer flash_lion cannot", "drop the flag"),
+    "--optimizer flash_lion --fp4-param-gather": ("--optimizer flash_lion cannot", "drop the flag"),
     "--optimizer sgd --flash-sgd-nesterov": ("--flash-sgd-nesterov given with --optimizer sgd",),
 }
 ACCEPTED = {

@@ -150,10 +150,10 @@ def test_weights_of_a_stock_checkpoint_load_without_its_optimizer(
 
 def test_wrong_flags_end_the_launch_with_one_line(corpus: Path) -> None:
     script = ROOT / "scripts" / "pretrain_gpt.py"
-    flags = ("--optimizer", "flash_adamw", "--train-iters", "1", "--fp8-param-gather")
+    flags = ("--optimizer", "flash_adamw", "--train-iters", "1", "--fp4-param-gather")
     done = _launch(script, corpus, *flags, ranks=1)
     assert done.returncode != 0
-    assert "--optimizer flash_adamw cannot be used with --fp8-param-gather" in done.stderr
+    assert "--optimizer flash_adamw cannot be used with --fp4-param-gather" in done.stderr
 
 
 def test_launcher_names_a_script_that_is_not_there() -> None:
