@@ -147,7 +147,7 @@ def _in_the_configuration(corpus: Path, saved: Path) -> None:
     cfg.mixed_precision = "bf16_with_fp8_delayed_scaling_mixed"
     cfg.optimizer.optimizer_cuda_graph = True
     with pytest.raises(
-        ValueError, match="--fp8-param-gather cannot be used with --optimizer-cuda-"
+        ValueError, match="--fp8-param-gather cannot be used with --optim"
     ):
         runtime_config_update(cfg)
     graphed = recipe(optimizer_cuda_graph=True)
