@@ -119,6 +119,8 @@ def test_fp16_is_refused_until_bf16_is_given(
         _forked("plan", typed, 2)
     with pytest.raises(planner.ArgumentsError, match="flash_adamw cannot be used with --fp16"):
         _forked("plan", [*typed, "--optimizer", "flash_adamw"], 2)
+    with pytest.raises(planner.ArgumentsError, match=r"^--fp8-param-gather is not planned"):
+        _forked("plan", [*MODEL, "--fp8-format", "hybrid", "--fp8-param-gather"], 2)
 
 
 def test_gradient_release_is_that_of_the_checkpoint_until_an_optimizer_is_given(

@@ -200,6 +200,12 @@ def _refuse_other_optimizers(args: Any) -> None:
         raise ArgumentsError(
             "--fp16 is not planned: flash optimizers take bf16 or fp32 weights; give --bf16"
         )
+    if getattr(args, "fp8_param_gather", False):
+        raise ArgumentsError(
+            "--fp8-param-gather is not planned: Transformer Engine decides what it quantizes. Drop "
+            "it for the figures of bf16 weights; FP8 ones take 1 byte less, with most recipes 1 "
+            "more for a transpose, and 2 more of state, divided by the data-parallel size"
+        )
 
 
 def _build_anywhere(args: Any) -> None:
