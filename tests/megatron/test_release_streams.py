@@ -175,21 +175,24 @@ def _ordered() -> dict[str, Any]:
     for entry in release.groups:
         watch(entry)
     (buffer,) = trainer.model[0].buffers
-    comes = buffer.on_gradient
 
-    def comes_on_another_stream(param: Any) -> None:
-        entry = release._group_of_param[param]
-        if param.ndim < 2 and entry.arrived:
-            with torch.cuda.stream(another):
-                comes(param)
-                on_another[id(entry)] = another.put()
-            found["gradient on another stream behind the zeroing"].append(
-                _is_before(zeroed[id(entry)], on_another[id(entry)])
-            )
-        else:
-            comes(param)
+    def hook_of(param: Any) -> Any:
+        entry, hook = release._group_of_param[param], release._hook_of(param)
 
-    buffer.on_gradient = comes_on_another_stream
+        def comes_on_another_stream(gradient: torch.Tensor) -> None:
+            if param.ndim < 2 and entry.arrived:
+                with torch.cuda.stream(another):
+                    hook(gradient)
+                    on_another[id(entry)] = another.put()
+                found["gradient on another stream behind the zeroing"].append(
+                    _is_before(zeroed[id(entry)], on_another[id(entry)])
+                )
+            else:
+                hook(gradient)
+
+        return comes_on_another_stream
+
+    buffer.hook_parameters(hook_of)
     of_launch = {launch: entry for entry in release.groups for launch in entry.launches}
     launch, fill = FlashOptimizer.launch, type(member.optimizer.table).fill
 
