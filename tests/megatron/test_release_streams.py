@@ -116,7 +116,7 @@ def _ordered() -> dict[str, Any]:
     last_step_on: dict[int, Moment] = {}
     zeroed: dict[int, Moment] = {}
     on_another: dict[int, Moment] = {}
-    another = _Stream()
+    another, yet_another = _Stream(), _Stream()
     steps: list[Moment] = []
     streams: set[str] = set()
     filled: list[Moment] = []
@@ -132,9 +132,9 @@ def _ordered() -> dict[str, Any]:
 
         def counted_start(force_all_reduce: bool = False) -> None:
             start(force_all_reduce=force_all_reduce)
-            passed[:] = [current[-1].put()]
             reduction.wait_stream(current[-1])  # as collectives do at the call
             reduction.put()
+            passed.append(current[-1].put())
 
         def counted_finish() -> None:
             finish()
@@ -145,14 +145,19 @@ def _ordered() -> dict[str, Any]:
             found["gather behind all steps"] += [_is_before(step, moment) for step in steps]
             gather(force_sync)
 
-        entry.group.start_grad_sync = lambda force_all_reduce=False: release._reduce(
-            entry, counted_start, force_all_reduce
-        )
+        def reduce_on_yet_another_stream(force_all_reduce: bool = False) -> None:
+            passed[:] = [current[-1].put()]
+            with torch.cuda.stream(yet_another):
+                release._reduce(entry, counted_start, force_all_reduce)
+
+        entry.group.start_grad_sync = reduce_on_yet_another_stream
         entry.finish_reduce = counted_finish
         entry.group.start_param_sync = counted_gather
         entry.check_step = lambda moment: (
             found["step behind its reduction"].append(_is_before(reduction.clock, moment)),
-            found["step behind the backward pass until then"].append(_is_before(passed[0], moment)),
+            found["step behind the backward pass until then"].append(
+                all(_is_before(earlier, moment) for earlier in passed)
+            ),
             last_step_on.__setitem__(id(region.slot), moment),
             found["step behind a gradient on another stream"].append(
                 _is_before(on_another.pop(id(entry), {}), moment)
