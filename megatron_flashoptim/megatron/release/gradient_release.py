@@ -284,7 +284,6 @@ class GradientRelease:
             stream.wait_event(entry.opened)
             entry.streams[raw_stream] = stream
 
-    @torch.no_grad()
     def _open(self, entry: BucketGroup) -> None:
         """Give a bucket group memory, and zero it once the bucket before has been stepped."""
         stream = torch.cuda.current_stream()
@@ -300,7 +299,8 @@ class GradientRelease:
         entry.streams[self._current_raw_stream()] = stream
         entry.state = State.OPEN
         for param in entry.names:
-            self._check_announced(param)
+            if getattr(param, "grad_added_to_main_grad", False):
+                self._check_announced(param)
 
     def _reduce(
         self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False
@@ -325,7 +325,6 @@ class GradientRelease:
         while upto in self._reduced:
             self._step(self._reduced.pop(0))
 
-    @torch.no_grad()
     def _step(self, entry: BucketGroup) -> None:
         """Launch the step of a bucket group behind its reduce-scatter."""
         gather_dispatched = entry.group.param_gather_dispatched
