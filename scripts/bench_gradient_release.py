@@ -16,7 +16,8 @@ compared again. Timed is a whole iteration of one micro-batch, from a device tha
 (CUDA events; the slowest rank counts). Then one iteration of each is profiled: a Chrome trace, and
 a picture of its kernels by stream, with how much of the steps' time lies before the end of the
 backward pass. Both ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT
-of 1.4 billion parameters is the default.
+of 1.4 billion parameters is the default. Small micro-batches (--micro-batch) make an iteration
+host-bound: what is timed then is how long Python takes, and no longer what the device does.
 """
 
 from __future__ import annotations

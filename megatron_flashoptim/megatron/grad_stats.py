@@ -69,10 +69,16 @@ class GradRuns:
         One tensor with an element per run, computed in fp32 whatever the gradients' dtype; an
         empty list if nothing counts on this rank.
         """
+        norms = self.norm_of_each()
+        if len(norms) == 1:
+            return [norms[0].reshape(1)]  # which launches nothing
+        return [torch.stack(norms)] if norms else []
+
+    def norm_of_each(self) -> list[torch.Tensor]:
+        """Return an fp32 scalar per run, its L2 norm; no host sync."""
         if not self.views:
             return []
-        norms = torch._foreach_norm(self.views, 2, dtype=torch.float32)
-        return [torch.stack(list(norms))]
+        return list(torch._foreach_norm(self.views, 2, dtype=torch.float32))
 
     def all_finite(self, device: torch.device | str) -> torch.Tensor:
         """Return a bool scalar on the device: whether every gradient element is finite."""
@@ -129,15 +135,15 @@ class ReleasedStats:
     def take(self, shard: int) -> None:
         """Take the statistics of one shard's gradients; no host sync."""
         for group, runs in self._runs.items():
-            self._norms[group][shard] = runs[shard].norms()
+            self._norms[group][shard] = runs[shard].norm_of_each()
             if self._with_zeros:
                 self._counted += runs[shard].numel
                 self._nonzeros += [torch.count_nonzero(view) for view in runs[shard].views]
 
     def norms(self, group: str | None) -> list[torch.Tensor]:
         """Return what ``GradRuns.norms`` of all shards would, in the same order."""
-        taken = [norms for shard in self._norms.get(group, []) for norms in shard]
-        return [torch.cat(taken)] if taken else []
+        taken = [norm for norms in self._norms.get(group, []) for norm in norms]
+        return [torch.stack(taken)] if taken else []
 
     def count_zeros(self, device: torch.device) -> torch.Tensor:
         """Return the number of zero elements as an int64 scalar on the device."""

@@ -255,6 +255,25 @@ def _fused_twice(trainer: Any) -> None:
     trainer.step(update=False)
 
 
+def _late() -> dict[str, str]:
+    """Return what gradients raise that come to a bucket which a broken pass has left open."""
+    trainer = _build(True, MODEL, {})
+    with _breaking(trainer):
+        _raised(trainer.step)
+    entry = next(e for e in trainer.optimizer.release.groups if e.state.name == "OPEN")
+    param = next(p for p, name in entry.names.items() if name not in entry.arrived)
+
+    def come() -> str:
+        return _raised(lambda: param.sum().backward())
+
+    with trainer.model[0].no_sync():
+        problems = {"late micro-batch": come()}
+    param.grad_added_to_main_grad = True  # as a layer says that has fused accumulation
+    problems["late fused"] = come()
+    param.grad_added_to_main_grad = False
+    return {**problems, "late": come(), "late twice": come()}
+
+
 def _problems() -> dict[str, str]:
     """Return what each fault of a caller or of a model raises."""
     import tiny_gpt
@@ -311,6 +330,7 @@ def _problems() -> dict[str, str]:
         "not released": _raised(lambda: build(False)),
         "only released": _raised(lambda: build(True)),
         "no optimizer": _raised(no_optimizer),
+        **_late(),
     }
 
 
@@ -320,6 +340,9 @@ def test_faults_of_callers_and_models_are_told_in_one_sentence() -> None:
         "micro-batches": "RuntimeError: --flash-gradient-release cannot accumulate several micro",
         "two passes": "a second gradient after the first was used",
         "two fused passes": "a second gradient after the first was used",
+        "late micro-batch": "cannot accumulate several micro-batches",
+        "late fused": "was written before its bucket had memory",
+        "late twice": "a second gradient after the first was used",
         "no pass": "came without a backward pass",
         "no step": "no optimizer.step() came after it",
         "unused": "1 parameters got no gradient in this backward pass, as --overlap-grad-reduce",
@@ -331,6 +354,7 @@ def test_faults_of_callers_and_models_are_told_in_one_sentence() -> None:
         "only released": "ValueError: DistributedDataParallel was built within released_buffers()",
         "no optimizer": "a gradient came before an optimizer was built",
     }
+    assert problems.pop("late") == ""
     assert problems.keys() == expected.keys()
     for fault, message in expected.items():
         assert message in problems[fault], (fault, problems[fault])

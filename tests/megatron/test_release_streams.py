@@ -116,7 +116,7 @@ def _ordered() -> dict[str, Any]:
     last_step_on: dict[int, Moment] = {}
     zeroed: dict[int, Moment] = {}
     on_another: dict[int, Moment] = {}
-    another = _Stream()
+    another, yet_another = _Stream(), _Stream()
     steps: list[Moment] = []
     streams: set[str] = set()
     filled: list[Moment] = []
@@ -132,9 +132,9 @@ def _ordered() -> dict[str, Any]:
 
         def counted_start(force_all_reduce: bool = False) -> None:
             start(force_all_reduce=force_all_reduce)
-            passed[:] = [current[-1].put()]
             reduction.wait_stream(current[-1])  # as collectives do at the call
             reduction.put()
+            passed.append(current[-1].put())
 
         def counted_finish() -> None:
             finish()
@@ -145,14 +145,19 @@ def _ordered() -> dict[str, Any]:
             found["gather behind all steps"] += [_is_before(step, moment) for step in steps]
             gather(force_sync)
 
-        entry.group.start_grad_sync = lambda force_all_reduce=False: release._reduce(
-            entry, counted_start, force_all_reduce
-        )
+        def reduce_on_yet_another_stream(force_all_reduce: bool = False) -> None:
+            passed[:] = [current[-1].put()]
+            with torch.cuda.stream(yet_another):
+                release._reduce(entry, counted_start, force_all_reduce)
+
+        entry.group.start_grad_sync = reduce_on_yet_another_stream
         entry.finish_reduce = counted_finish
         entry.group.start_param_sync = counted_gather
         entry.check_step = lambda moment: (
             found["step behind its reduction"].append(_is_before(reduction.clock, moment)),
-            found["step behind the backward pass until then"].append(_is_before(passed[0], moment)),
+            found["step behind the backward pass until then"].append(
+                all(_is_before(earlier, moment) for earlier in passed)
+            ),
             last_step_on.__setitem__(id(region.slot), moment),
             found["step behind a gradient on another stream"].append(
                 _is_before(on_another.pop(id(entry), {}), moment)
@@ -175,21 +180,24 @@ def _ordered() -> dict[str, Any]:
     for entry in release.groups:
         watch(entry)
     (buffer,) = trainer.model[0].buffers
-    comes = buffer.on_gradient
 
-    def comes_on_another_stream(param: Any) -> None:
-        entry = release._group_of_param[param]
-        if param.ndim < 2 and entry.arrived:
-            with torch.cuda.stream(another):
-                comes(param)
-                on_another[id(entry)] = another.put()
-            found["gradient on another stream behind the zeroing"].append(
-                _is_before(zeroed[id(entry)], on_another[id(entry)])
-            )
-        else:
-            comes(param)
+    def hook_of(param: Any) -> Any:
+        entry, hook = release._group_of_param[param], release._hook_of(param)
 
-    buffer.on_gradient = comes_on_another_stream
+        def comes_on_another_stream(gradient: torch.Tensor) -> None:
+            if param.ndim < 2 and entry.arrived:
+                with torch.cuda.stream(another):
+                    hook(gradient)
+                    on_another[id(entry)] = another.put()
+                found["gradient on another stream behind the zeroing"].append(
+                    _is_before(zeroed[id(entry)], on_another[id(entry)])
+                )
+            else:
+                hook(gradient)
+
+        return comes_on_another_stream
+
+    buffer.hook_parameters(hook_of)
     of_launch = {launch: entry for entry in release.groups for launch in entry.launches}
     launch, fill = FlashOptimizer.launch, type(member.optimizer.table).fill
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.release.address_range import chunk_bytes_of, reserve
@@ -35,12 +36,11 @@ class ReleasedBuffer:
         regions: addresses of each bucket's gradients.
         on_reset: called where Megatron zeroes the gradients, before an iteration; None until an
             optimizer has taken over.
-        on_gradient: called with each parameter before Megatron adds its gradient; likewise.
     """
 
     regions: list[Region]
     on_reset: Callable[[], None] | None
-    on_gradient: Callable[[torch.nn.Parameter], None] | None
+    _grad_hooks: Sequence[RemovableHandle] = ()
     # Megatron's attributes.
     params: list[torch.nn.Parameter]
     bucket_indices: list[tuple[int, int]]
@@ -61,23 +61,22 @@ class ReleasedBuffer:
             offset += -(-size // chunk) * chunk
         self._gradients = addresses.tensor.view(self.grad_dtype)
         self.on_reset = None
-        self.on_gradient = None
 
-    def hook_parameters(self) -> None:
-        """Have ``on_gradient`` called; a hook of a parameter runs before DDP's."""
-        for param in self.params:
-            param.register_hook(  # type: ignore[no-untyped-call]  # torch has no types
-                functools.partial(self._gradient_comes, param)
-            )
+    def hook_parameters(
+        self, hook_of: Callable[[torch.nn.Parameter], Callable[[torch.Tensor], None]]
+    ) -> None:
+        """Have something called with each gradient before Megatron adds it, and nothing else.
 
-    def _gradient_comes(self, param: torch.nn.Parameter, _: torch.Tensor) -> None:
-        if self.on_gradient is None:
-            raise RuntimeError(
-                "a gradient came before an optimizer was built that gives it memory; call "
-                "get_megatron_optimizer(..., flash=FlashOptimConfig(gradient_release=True)) before "
-                "the first backward pass"
-            )
-        self.on_gradient(param)
+        Args:
+            hook_of: returns the hook of a parameter, which runs before DDP's. It stands in for the
+                one that was given before.
+        """
+        for handle in self._grad_hooks:
+            handle.remove()
+        self._grad_hooks = [
+            param.register_hook(hook_of(param))  # type: ignore[no-untyped-call]  # torch's
+            for param in self.params
+        ]
 
     def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> torch.Tensor:
         if buffer_type.name != "GRAD":
@@ -115,6 +114,14 @@ class ReleasedBuffer:
     def reload_from_cpu(self, move_params: bool = True, move_grads: bool = True) -> None:
         """Reload the weights, as Megatron does."""
         super().reload_from_cpu(move_params, False)  # type: ignore[misc]  # of Megatron's class
+
+
+def _refuse_gradient(_: torch.Tensor) -> None:
+    raise RuntimeError(
+        "a gradient came before an optimizer was built that gives it memory; call "
+        "get_megatron_optimizer(..., flash=FlashOptimConfig(gradient_release=True)) before the "
+        "first backward pass"
+    )
 
 
 class _WithoutGradients(TorchFunctionMode):
@@ -164,7 +171,7 @@ def wrap_buffer_init(
                 f"megatron-core {versions.installed_version()} allocates gradient buffers in a way "
                 "that --flash-gradient-release does not know; drop the flag"
             )
-        self.hook_parameters()
+        self.hook_parameters(lambda _: _refuse_gradient)
 
     return __init__
 

@@ -57,8 +57,8 @@ class BucketGroup:
         regions: addresses of the gradients of its buckets.
         launches: member and index of each shard.
         names: of its parameters.
-        arrived: parameters whose gradient has come.
-        streams: on which gradients have come since it was opened.
+        arrived: names of the parameters whose gradient has come.
+        streams: on which gradients have come since it was opened, by raw stream.
         state: where it is in this iteration.
     """
 
@@ -69,8 +69,8 @@ class BucketGroup:
     regions: list[Region] = field(default_factory=list)
     launches: list[tuple[FlashDistributedOptimizer, int]] = field(default_factory=list)
     names: dict[torch.nn.Parameter, str] = field(default_factory=dict)
-    arrived: set[torch.nn.Parameter] = field(default_factory=set)
-    streams: list[Any] = field(default_factory=list)
+    arrived: set[str] = field(default_factory=set)
+    streams: dict[int, Any] = field(default_factory=dict)
     state: State = State.IDLE
 
 
@@ -95,7 +95,10 @@ class GradientRelease:
         self._members = list(members)
         self._accepts_partial_step = flash.accept_partial_step
         self._device = torch.device(torch.cuda.current_device())
+        self._current_raw_stream = _current_raw_stream_on(self._device)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
+        # Of the backward pass, for a wait that follows at once; to make one each time takes longer.
+        self._passed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
         self.pool = GradPool(memory_of(self._device), flash.release_slots)
         # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
         self._puts_off = self._device.type != "cuda"
@@ -112,6 +115,8 @@ class GradientRelease:
         self._group_of_param = {param: entry for entry in self.groups for param in entry.names}
         self._announced: set[torch.nn.Parameter] = set()
         for chunk in chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                buffer.hook_parameters(self._hook_of)
             if chunk.config.gradient_accumulation_fusion:
                 announce_gradients(chunk.module, self._gradient_announced)
         of_bucket = {id(bucket): entry for entry in self.groups for bucket in entry.group.buckets}
@@ -127,7 +132,6 @@ class GradientRelease:
         for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 buffer.on_reset = self.begin_iteration
-                buffer.on_gradient = self._gradient_comes
                 for bucket, region in zip(buffer.buckets, buffer.regions, strict=True):
                     regions[id(bucket)] = region
         return regions
@@ -194,17 +198,41 @@ class GradientRelease:
             f"{len(self.groups)} buckets stepped; weights and state are those of half an update."
         )
 
-    @torch.no_grad()
-    def _gradient_comes(self, param: torch.nn.Parameter) -> None:
-        """Open the bucket of a parameter, right before Megatron adds its gradient there."""
+    def _hook_of(self, param: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+        """Return what autograd calls with the gradient of a parameter, before Megatron adds it.
+
+        The host does this for every parameter in every iteration. So where the bucket is open for
+        this stream and nothing is wrong, which is nearly always, it only notes the gradient.
+        """
         entry = self._group_of_param[param]
+        name, group = entry.names[param], entry.group
+        arrived, streams, announced = entry.arrived, entry.streams, self._announced
+        current_raw_stream = self._current_raw_stream
+
+        def hook(_: torch.Tensor) -> None:
+            if (
+                entry.state is State.OPEN
+                and current_raw_stream() in streams
+                and name not in arrived
+                and group.is_last_microbatch
+                and (not getattr(param, "grad_added_to_main_grad", False) or param in announced)
+            ):
+                arrived.add(name)
+            else:
+                self._gradient_comes(param)
+
+        return hook
+
+    def _gradient_comes(self, param: torch.nn.Parameter) -> None:
+        """Check a gradient that Megatron is about to add, and open the bucket for it."""
+        entry = self._group_of_param[param]
+        name = entry.names[param]
         self._check_micro_batches(entry)
         self._check_announced(param)
-        self._check_unused(entry, param, is_first=param not in entry.arrived)
-        entry.arrived.add(param)
+        self._check_unused(entry, param, is_first=name not in entry.arrived)
+        entry.arrived.add(name)
         self._make_open(entry)
 
-    @torch.no_grad()
     def _gradient_announced(self, param: torch.nn.Parameter) -> None:
         """Open the bucket of a parameter before a fused GEMM writes its gradient."""
         entry = self._group_of_param.get(param)
@@ -250,25 +278,29 @@ class GradientRelease:
         """Have the current stream write gradients of a bucket group behind its opening."""
         if entry.state is State.IDLE:
             self._open(entry)
-        stream = torch.cuda.current_stream()
-        if stream not in entry.streams:  # shared experts, say, have a stream of their own
+        raw_stream = self._current_raw_stream()
+        if raw_stream not in entry.streams:  # shared experts, say, have a stream of their own
+            stream = torch.cuda.current_stream()
             stream.wait_event(entry.opened)
-            entry.streams.append(stream)
+            entry.streams[raw_stream] = stream
 
     def _open(self, entry: BucketGroup) -> None:
         """Give a bucket group memory, and zero it once the bucket before has been stepped."""
+        stream = torch.cuda.current_stream()
         for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
             before = self.pool.open(region, entry.stepped.synchronize)
             if before is not None:
                 user = self._group_of[before]
                 self._step_reduced(upto=user)
-                torch.cuda.current_stream().wait_event(user.stepped)
+                stream.wait_event(user.stepped)
             bucket.grad_data.zero_()
-        entry.opened.record(torch.cuda.current_stream())
-        entry.streams = [torch.cuda.current_stream()]
+        entry.opened.record(stream)
+        entry.streams.clear()
+        entry.streams[self._current_raw_stream()] = stream
         entry.state = State.OPEN
         for param in entry.names:
-            self._check_announced(param)
+            if getattr(param, "grad_added_to_main_grad", False):
+                self._check_announced(param)
 
     def _reduce(
         self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False
@@ -293,13 +325,16 @@ class GradientRelease:
         while upto in self._reduced:
             self._step(self._reduced.pop(0))
 
-    @torch.no_grad()
     def _step(self, entry: BucketGroup) -> None:
         """Launch the step of a bucket group behind its reduce-scatter."""
         gather_dispatched = entry.group.param_gather_dispatched
         # All that has read these weights is in the streams of the backward pass by now.
-        for stream in (torch.cuda.current_stream(), *entry.streams):
-            self._stream.wait_stream(stream)
+        streams = list(entry.streams.values())
+        if self._current_raw_stream() not in entry.streams:
+            streams.append(torch.cuda.current_stream())
+        for stream in streams:
+            self._passed.record(stream)
+            self._stream.wait_event(self._passed)
         with torch.cuda.stream(self._stream):
             if not self._stepping:
                 self._begin_step()
@@ -322,7 +357,7 @@ class GradientRelease:
         """Stand in for Megatron's ``finish_grad_sync``, after the backward pass."""
         self._step_reduced(upto=entry)
         if entry.state is not State.STEPPED:
-            missing = [name for p, name in entry.names.items() if p not in entry.arrived]
+            missing = [name for name in entry.names.values() if name not in entry.arrived]
             found = (
                 f"{len(missing)} parameters got no gradient in this backward pass, as "
                 f"--overlap-grad-reduce wants: {', '.join(missing[:4])}."
@@ -380,6 +415,18 @@ class GradientRelease:
             f"gradient release: {len(self._group_of)} buckets of {whole / 1e6:.1f} MB take turns "
             f"in {len(self.pool.slots)} slots of {self.pool.memory.nbytes / 1e6:.1f} MB together"
         )
+
+
+def _current_raw_stream_on(device: torch.device) -> Callable[[], int]:
+    """Return what tells the current streams of a device apart.
+
+    ``torch.cuda.current_stream()`` makes an object, which takes longer than all else that is done
+    for a gradient. On a GPU this is the stream's address, as Triton asks for it at each launch; on
+    CPU ranks, the id of what stands in for a stream.
+    """
+    if device.type == "cuda":
+        return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+    return lambda: id(torch.cuda.current_stream())
 
 
 # Where another release had other names for these, setting them would do nothing.
