@@ -146,9 +146,7 @@ def _in_the_configuration(corpus: Path, saved: Path) -> None:
     cfg = recipe()
     cfg.mixed_precision = "bf16_with_fp8_delayed_scaling_mixed"
     cfg.optimizer.optimizer_cuda_graph = True
-    with pytest.raises(
-        ValueError, match="--fp8-param-gather cannot be used with --optim"
-    ):
+    with pytest.raises(ValueError, match="--fp8-param-gather cannot be used with --optim"):
         runtime_config_update(cfg)
     graphed = recipe(optimizer_cuda_graph=True)
     graphed.scheduler.weight_decay_incr_style = "linear"
