@@ -9,15 +9,15 @@ For 1 and for 2 data-parallel ranks (--ranks), starts torchrun three times. Two 
 each, without and with --flash-gradient-release, and note memory: persistent is what is allocated
 between two iterations, peak the most in an iteration, activations included; both are torch's count
 and the pool's, which torch's does not have, and the device's own count stands beside them, as does
-the peak while model and optimizer are built. The
-third run trains both side by side on the same tokens, taking turns. First the check: losses,
-gradient norms, weights and state must be the same bits, or nothing is timed; afterwards they are
-compared again. Timed is a whole iteration of one micro-batch, from a device that has nothing to do
-(CUDA events; the slowest rank counts). Then one iteration of each is profiled: a Chrome trace, and
-a picture of its kernels by stream, with how much of the steps' time lies before the end of the
-backward pass. Both ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT
-of 1.4 billion parameters is the default. Small micro-batches (--micro-batch) make an iteration
-host-bound: what is timed then is how long Python takes, and no longer what the device does.
+the peak while model and optimizer are built. The third run trains both side by side on the same
+tokens, taking turns. First the check: losses, gradient norms, weights and state must be the same
+bits, or nothing is timed; afterwards they are compared again. Timed are whole iterations of one
+micro-batch, several in a row as in training, from a device that has nothing to do (CUDA events; the
+slowest rank counts). Then one iteration of each is profiled: a Chrome trace, and a picture of its
+kernels by stream, with how much of the steps' time lies before the end of the backward pass. Both
+ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT of 1.4 billion
+parameters is the default. Small micro-batches (--micro-batch) make an iteration host-bound: what is
+timed then is how long Python takes, and no longer what the device does.
 """
 
 from __future__ import annotations
@@ -125,14 +125,15 @@ class Trained(bench_gpt.TrainedGPT):
         )
 
 
-def timed(options: argparse.Namespace, trained: Trained, iteration: int) -> float:
-    """Run one iteration; return its ms on the slowest rank."""
-    batch = tokens(options, iteration)
+def timed(options: argparse.Namespace, trained: Trained, first: int) -> float:
+    """Run iterations one after the other; return the ms of each on the slowest rank."""
+    batches = [tokens(options, first + number) for number in range(options.in_a_row)]
     clock = Clock(options)
-    trained.iterate(batch)
+    for batch in batches:
+        trained.iterate(batch)
     clock.mark()
     (milliseconds,) = clock.milliseconds()
-    return milliseconds
+    return milliseconds / len(batches)
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -160,7 +161,8 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     for repeat in range(options.repeats):
         # Who comes second finds other caches: take turns.
         for mode in MODES if repeat % 2 else reversed(MODES):
-            samples[mode].append(timed(options, both[mode], CHECKED + repeat))
+            first = CHECKED + repeat * options.in_a_row
+            samples[mode].append(timed(options, both[mode], first))
     gc.enable()
     check_same(both["off"], both["on"], "release")
     profiles = {mode: profiled(options, both[mode], mode) for mode in MODES}
@@ -168,7 +170,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "environment": environment(options),
         "buckets": len(both["on"].chunk.bucket_groups),
-        "checked_iterations": CHECKED + options.repeats,
+        "checked_iterations": CHECKED + options.repeats * options.in_a_row,
         "iteration_ms": {mode: percentiles(found) for mode, found in samples.items()},
         "saved_ms": percentiles([off - on for off, on in pairs]),
         "samples_ms": samples,
@@ -293,7 +295,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="recompute every layer")
     parser.add_argument("--slots", type=int, default=3, help="--flash-release-slots")
     parser.add_argument("--fp32-gradients", action="store_true", help="gradients in fp32")
-    parser.add_argument("--repeats", type=int, default=30, help="iterations of each that count")
+    parser.add_argument("--repeats", type=int, default=15, help="samples of each that count")
+    parser.add_argument("--in-a-row", type=int, default=5, help="iterations of a sample")
     parser.add_argument("--out", type=Path, default=Path("gradient_release"), help="folder")
     parser.add_argument("--mode", choices=(*MODES, "both"), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -334,7 +337,7 @@ def main() -> None:
             spread = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
             print(f"  iteration with release {mode}: {spread} ms {found['profiles'][mode] or ''}")
         saved = ", ".join(f"{name} {value:.2f}" for name, value in found["saved_ms"].items())
-        print(f"  release saves {saved} ms (differences of the same iteration)")
+        print(f"  release saves {saved} ms an iteration (differences of the same sample)")
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"traces, pictures and report.json in {options.out}")
 
