@@ -1,10 +1,9 @@
 """Every way Megatron splits a model: flash_adamw follows stock Adam on the same data.
 
 Attention across context-parallel ranks is Transformer Engine's, which needs a GPU; here keys and
-values are gathered (``context_parallel.py``) and all else is Megatron's. Experts are sequential:
-grouped ones are Transformer Engine's too, and without it ``--moe-grouped-gemm`` builds sequential
-ones. With expert tensor parallelism tokens are padded to a capacity, since gloo gathers equal
-sizes only.
+values are gathered (``context_parallel.py``), and layers of grouped experts multiply expert by
+expert (``grouped_experts.py``); all else is Megatron's. With expert tensor parallelism tokens are
+padded to a capacity, since gloo gathers equal sizes only.
 """
 
 from __future__ import annotations
@@ -70,6 +69,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dense stage, expert stage": (
         4,
         {"pp": 2, "ep": 2, "experts": 4, "moe_layers": [0, 1], "microbatches": 2},
+    ),
+    "grouped experts": (2, {"ep": 2, "experts": 4, "swiglu": True, "grouped": True}),
+    "tensor, expert and expert tensor, grouped": (
+        4,
+        {**SP, "ep": 2, "etp": 2, "experts": 4, "grouped": True, "transformer": PADDED},
     ),
     "tensor, whole experts": (2, {**SP, "ep": 2, "etp": 1, "experts": 4}),
     "tensor, expert and expert tensor": (

@@ -76,6 +76,8 @@ CHAINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (4, {"experts": 4, "swiglu": True, "ep": 4}),
         (4, {"experts": 4, "swiglu": True, "ep": 2, "overlap": True, "bucket_size": 20_000}),
         (4, {"experts": 4, "swiglu": True, "ep": 2, **TENSOR_OF_EXPERTS}),
+        (2, {"experts": 4, "swiglu": True, "ep": 2, "grouped": True}),
+        (4, {"experts": 4, "swiglu": True, "ep": 2, "grouped": True, **TENSOR_OF_EXPERTS}),
         (1, {"experts": 4, "swiglu": True}),
     ],
     "padded vocabulary": [

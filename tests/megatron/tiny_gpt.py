@@ -64,6 +64,7 @@ class Setup:
     query_groups: int | None = None
     tied: bool = True
     experts: int | None = None
+    grouped: bool = False
     moe_layers: list[int] | None = None
     mtp: int | None = None
     bf16: bool = True
@@ -237,6 +238,10 @@ def _model(setup: Setup, config: TransformerConfig, stage: int) -> GPTModel:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     else:
         spec = get_gpt_layer_local_spec(num_experts=setup.experts)
+        if setup.grouped:
+            from grouped_experts import group_experts  # older releases of Megatron lack its parts
+
+            group_experts(spec)
         if setup.cp > 1:
             spec.submodules.self_attention.submodules.core_attention = GatheredKeyAttention
     mtp_spec = None
