@@ -126,6 +126,8 @@ class Conversion:
     def _check_request(self) -> None:
         request, folder = self.request, self.folder
         if folder.sharding_type == metadata.DP_RESHARDABLE:
+            if folder.optimizer == FLASH:
+                self.recoding.check_flash(repair=request.repair)
             if request.target == folder.optimizer == ADAM:
                 raise ValueError(
                     f"{folder.path} is a checkpoint of Megatron's Adam already; what --repair "
@@ -243,8 +245,9 @@ class Conversion:
                     "other options or of another release; remove it, or give another folder"
                 )
             return
-        self._new.mkdir(parents=True, exist_ok=True)
-        self._records.mkdir(exist_ok=True)
+        with writer.writing(self.request.destination):
+            self._new.mkdir(parents=True, exist_ok=True)
+            self._records.mkdir(exist_ok=True)
         needed, free = self.bytes_of_result(), shutil.disk_usage(self._work).free
         if needed > free:
             self._discard(made)

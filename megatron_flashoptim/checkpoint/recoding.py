@@ -108,7 +108,7 @@ class Recoding:
             (str(tensors[key].properties.dtype) for key in having_state), folder.path
         )
         if folder.optimizer == FLASH:
-            self._check_flash(repair)
+            self.check_flash(repair=repair)
             return
         kinds = {kind for kinds in folder.state().values() for kind in kinds}
         unknown = sorted(kinds - _ADAM_KINDS)
@@ -129,7 +129,12 @@ class Recoding:
                 f"{folder.path} has optimizer state but no weight of {without[0]}: it is damaged"
             )
 
-    def _check_flash(self, repair: bool) -> None:
+    def check_flash(self, *, repair: bool) -> None:
+        """Refuse flash state that cannot be what is asked for, or is it already.
+
+        Raises:
+            ValueError: says why, and what to do.
+        """
         described = self._folder.flash
         if repair:
             raise ValueError(

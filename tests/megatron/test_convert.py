@@ -55,14 +55,14 @@ def _format(flash: FlashOptimConfig) -> dict[str, Any]:
     return {"master_bits": flash.master_bits, "exp_avg_sq_code": flash.exp_avg_sq_code}
 
 
-def _save_flash(folder: Path, steps: int = 3, **options: Any) -> Any:
+def _save_flash(folder: Path, steps: int = 3, save_as: str = FULLY, **options: Any) -> Any:
     import checkpoints
     import tiny_gpt
 
     trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
     trainer.train(steps)
     args = Namespace(decoupled_weight_decay=True)  # flash_adam needs no flag to decay by L2
-    checkpoints.save(trainer, folder, FULLY, args=args)
+    checkpoints.save(trainer, folder, save_as, args=args)
     return checkpoints.plain_groups(trainer)
 
 
@@ -328,8 +328,8 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
             Conversion(Request(source, tmp_path / "new", target, **options))
         assert not (tmp_path / "new").exists()
 
-    buckets, adam, flash = tmp_path / "buckets", tmp_path / "adam", tmp_path / "flash"
-    for folder in (buckets, adam, flash):
+    buckets, adam, flash, flash_buckets = (tmp_path / name for name in "1234")
+    for folder in (buckets, adam, flash, flash_buckets):
         folder.mkdir()
     run_ranks(1, save, buckets, "dp_reshardable", 1, layers=1)
     run_ranks(1, save, adam, FULLY, 1, layers=1)
@@ -338,7 +338,11 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     refused(buckets, "flash", "is whose: load it in a run.*, save once", optimizer="flash_lion")
     refused(buckets, "adam", "Adam already; what --repair mends is not in dp_reshardable")
     refused(adam, "adam", "already.*--repair")
-    refused(flash, "flash", "flash_adamw with 24-bit masters and the code sqrt already")
+    run_ranks(1, _save_flash, flash_buckets, 1, "dp_reshardable", layers=1)
+    for folder in (flash, flash_buckets):
+        refused(folder, "flash", "flash_adamw with 24-bit masters and the code sqrt already")
+    with pytest.raises(ValueError, match="/proc/new cannot be written .*; make room, or mend"):
+        Conversion(Request(flash, Path("/proc/new"), "adam")).run()
     refused(flash, "adam", "--repair mends", repair=True)
     refused(flash, "flash", "^--master-bits 16 would drop .*; give 24 or 32", master_bits=16)
     legacy = tmp_path / "legacy"
