@@ -341,7 +341,7 @@ def test_what_is_saved_otherwise_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(1, _save_flash, flash_buckets, 1, "dp_reshardable", layers=1)
     for folder in (flash, flash_buckets):
         refused(folder, "flash", "flash_adamw with 24-bit masters and the code sqrt already")
-    with pytest.raises(ValueError, match="/proc/new cannot be written .*; make room, or mend"):
+    with pytest.raises(ValueError, match=r"/proc/new cannot be written .*; make room, or mend"):
         Conversion(Request(flash, Path("/proc/new"), "adam")).run()
     refused(flash, "adam", "--repair mends", repair=True)
     refused(flash, "flash", "^--master-bits 16 would drop .*; give 24 or 32", master_bits=16)
