@@ -7,7 +7,8 @@ runs each layout on two ranks with Megatron's own training loop, on two GPUs whe
 and prints how far losses and gradient norms of flash_adamw are from those of Adam in the same
 layout, and, as a measure, how far those of Adam are with a learning rate 1 % higher. The first
 loss must be the same: nothing has been stepped. The rows hold every iteration's figures. Layouts
-that need GPUs or Transformer Engine are left out where there are none; --ranks 1 will do for FP8.
+that need GPUs, two ranks, Transformer Engine or Apex are left out where there are none; --ranks 1
+will do for FP8.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ LAYOUTS = {
     "overlap": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100000",
     "bf16 gradients": "--grad-reduce-in-bf16",
     "tensor parallel": "--tensor-model-parallel-size 2",
-    # On GPUs Megatron's norms take it with Transformer Engine or Apex only.
     "tensor and sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pipeline": "--pipeline-model-parallel-size 2",
     "virtual stages": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
@@ -57,6 +57,9 @@ LAYOUTS = {
 # Which no CPU has, and of these the ones with Transformer Engine.
 NEEDS_GPUS = ("nccl user buffers",)
 NEEDS_TE = tuple(name for name, flags in LAYOUTS.items() if _TE in flags)
+# On GPUs, of Megatron's own norms only Apex's take sequence parallelism.
+NEEDS_APEX = ("tensor and sequence parallel",)
+NEEDS_TWO_RANKS = tuple(name for name, flags in LAYOUTS.items() if "-parallel-size 2" in flags)
 # A quarter of the configuration's learning rate. With the whole of it, and the warm-up of a run of
 # 15 iterations, one gradient norm is ten times its neighbours, or not, by the last bits.
 RUNS = {
@@ -83,12 +86,18 @@ def deviations(ours: list[float], theirs: list[float]) -> list[float]:
     return [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
 
 
-def layouts_of(device: str) -> Iterator[str]:
+def layouts_of(device: str, ranks: int) -> Iterator[str]:
     """Yield the layouts that can be trained here."""
-    has_te = importlib.util.find_spec("transformer_engine") is not None
+    has_te, has_apex = (
+        importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex")
+    )
     for name in LAYOUTS:
-        needs_gpu = name in (*NEEDS_GPUS, *NEEDS_TE)
-        if (device == "cuda" or not needs_gpu) and (has_te or name not in NEEDS_TE):
+        if name in NEEDS_TWO_RANKS and ranks < 2:
+            continue
+        if device == "cuda":
+            if (has_te or name not in NEEDS_TE) and (has_apex or name not in NEEDS_APEX):
+                yield name
+        elif name not in (*NEEDS_GPUS, *NEEDS_TE):
             yield name
 
 
@@ -138,7 +147,7 @@ def main() -> None:
     check_run_options(parser, options)
     try:
         setup = choose_setup(options)
-        layouts = options.layouts or list(layouts_of(setup.device))
+        layouts = options.layouts or list(layouts_of(setup.device, setup.ranks))
         found = measure(make_launcher(setup, options, options.iterations), layouts)
     except RunFailed as problem:
         sys.exit(f"follow_adam: error: {problem}")
