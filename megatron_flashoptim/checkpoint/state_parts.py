@@ -18,6 +18,7 @@ import torch
 
 from megatron_flashoptim.checkpoint.boxes import Box, boxes_of_range
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_elements, decode_moment
+from megatron_flashoptim.checkpoint.deviation import were_quantized
 from megatron_flashoptim.checkpoint.folder import (
     ADAM,
     FLASH,
@@ -65,6 +66,7 @@ class Part:
         reader: of the checkpoint.
         code: of the second moment.
         flash: whether moments are codes, else fp32.
+        quantized: whether weights beside fp32 masters may be FP8 values.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Part:
     reader: CheckpointReader = field(repr=False)
     code: ExpAvgSqCode = "sqrt"
     flash: bool = False
+    quantized: bool = False
 
     @property
     def elements(self) -> int:
@@ -173,6 +176,7 @@ def parts(folder: CheckpointFolder) -> list[Part]:
         "reader": folder.reader,
         "code": code,
         "flash": folder.optimizer == FLASH,
+        "quantized": were_quantized(folder.common),
     }
     state = folder.state()
     weights = folder.weights()

@@ -32,7 +32,7 @@ from functools import cache, partial
 import torch
 
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, encode_moment
-from megatron_flashoptim.checkpoint.deviation import belongs
+from megatron_flashoptim.checkpoint.deviation import belongs, is_near
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.checkpoint.side_by_side import Ranges, Tell, each_unit
 from megatron_flashoptim.checkpoint.state_parts import MASTER, WEIGHT, Part, decode, families, parts
@@ -238,7 +238,8 @@ def statistics_of(ranges: Ranges, part: Part) -> tuple[dict[str, Statistics], bo
             elif kind in SCALE_OF:
                 _add_moment(statistics, part, values, start, end)
             if check and kind == MASTER and is_of_weight is not False:
-                is_of_weight = belongs(values, part.stored(WEIGHT, start, end))
+                same = is_near if part.quantized else belongs
+                is_of_weight = same(values, part.stored(WEIGHT, start, end))
     return found, is_of_weight
 
 
