@@ -279,7 +279,7 @@ def _add_master(
         is_exact = correction.dtype == torch.int16
         error = 0.0 if is_exact else _square_of_steps(values, _STEP_OF_24_BITS) / 12
     else:
-        is_exact = part.dtype(WEIGHT) == torch.float32
+        is_exact = part.dtype(part.high) == torch.float32
         error = 0.0 if is_exact else _square_of_steps(values, _STEP_OF_BF16) / 6
     statistics.error = (statistics.error or 0.0) + error
 

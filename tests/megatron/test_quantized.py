@@ -238,7 +238,13 @@ def test_masters_stay_the_same_with_other_weights_and_ranks(way: str, tmp_path: 
 
 
 def test_buckets_of_quantized_weights_are_not_loaded_as_others(tmp_path: Path) -> None:
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.statistics import inspect
+
     run_ranks(1, _round, save=tmp_path, save_as="dp_reshardable")
+    inspection = inspect(open_folder(tmp_path))
+    assert not inspection.has_masters_of_weights(), "most weights are known by tensor alone"
+    assert len(inspection.families("master")) == 1
     (found,) = run_ranks(1, _round, load=tmp_path, quantized=False)
     assert "'quantized'" in found["error"] and "--fp8-param-gather as in the run" in found["error"]
 
