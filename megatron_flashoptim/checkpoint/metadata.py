@@ -105,11 +105,16 @@ def _matters(name: str, flash: FlashOptimConfig) -> bool:
     return name not in _OF_MOMENT or _OF_MOMENT[name] in flash.rule.moments
 
 
-def describe_buckets(spaces: Sequence[BucketSpace]) -> dict[str, Any]:
-    """Return what ``dp_reshardable`` depends on: the buckets of global rank 0."""
+def describe_buckets(spaces: Sequence[BucketSpace], weights: str) -> dict[str, Any]:
+    """Return what ``dp_reshardable`` depends on: the buckets of global rank 0.
+
+    Args:
+        spaces: the buckets.
+        weights: dtype of the model weights, which those of all buffers have if nothing is said.
+    """
     described: dict[str, Any] = {BUCKETS: [space.layout() for space in spaces]}
     dtypes = [space.weights() for space in spaces]
-    if len({dtype for space in dtypes for dtype in space}) > 1:
+    if set(chain(*dtypes)) - {weights}:
         described[BUFFER_WEIGHTS] = dtypes
     return described
 

@@ -181,12 +181,13 @@ class ModelSpace:
 
     def _load_high(self, loading: Loading, owned: OwnedRange, quantized: Container[str]) -> None:
         """Read high parts that are no weights of the checkpoint, or none of this run."""
+        live = owned.elements(owned.shard.param)
+        target = live if owned.shard.owns_param else None
         for piece in owned.pieces:
             if piece.key not in quantized and not owned.shard.owns_param:
                 continue
-            live = owned.elements(owned.shard.param)
-            # Weights are loaded by Megatron as well, before or after this.
-            target = live if owned.shard.owns_param else torch.zeros_like(live)
+            if target is None:  # weights are loaded by Megatron as well, before or after this
+                target = torch.zeros_like(live)
             for box in self._elements(owned, piece, HIGH, target):
                 if piece.key in quantized:
                     loading.read(box)

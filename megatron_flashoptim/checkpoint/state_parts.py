@@ -18,6 +18,7 @@ import torch
 
 from megatron_flashoptim.checkpoint.boxes import Box, boxes_of_range
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, decode_elements, decode_moment
+from megatron_flashoptim.checkpoint.deviation import were_quantized
 from megatron_flashoptim.checkpoint.folder import (
     ADAM,
     FLASH,
@@ -65,6 +66,7 @@ class Part:
         reader: of the checkpoint.
         code: of the second moment.
         flash: whether moments are codes, else fp32.
+        quantized: whether weights beside fp32 masters may be FP8 values.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Part:
     reader: CheckpointReader = field(repr=False)
     code: ExpAvgSqCode = "sqrt"
     flash: bool = False
+    quantized: bool = False
 
     @property
     def elements(self) -> int:
@@ -87,10 +90,15 @@ class Part:
         """The name with the number put in."""
         return self.name if self.index is None else self.name.replace("*", str(self.index), 1)
 
+    @property
+    def high(self) -> str:
+        """Key of ``keys`` that flash masters have their high part under, if it is there."""
+        return HIGH if HIGH in self.keys else WEIGHT
+
     def kinds(self) -> list[str]:
         """Return the kinds of values; corrections only without the weights they belong to."""
         found = {kind for kind in KINDS if kind in self.keys}
-        if self.flash and WEIGHT in self.keys and len(self.keys) > 1:
+        if self.flash and self.high in self.keys and len(self.keys) > 1:
             found = (found - {CORRECTION}) | {MASTER}
         return [kind for kind in KINDS if kind in found]
 
@@ -143,7 +151,7 @@ class Part:
             codes, scale = self.encoded(kind, begin, end)
             return decode(kind, codes, scale, code=self.code)[start - begin :]
         if self.flash and kind == MASTER:
-            weight = self.stored(WEIGHT, start, end)
+            weight = self.stored(self.high, start, end)
             if weight.dtype != torch.bfloat16:
                 return weight.to(torch.float32)
             has_correction = CORRECTION in self.keys
@@ -173,6 +181,7 @@ def parts(folder: CheckpointFolder) -> list[Part]:
         "reader": folder.reader,
         "code": code,
         "flash": folder.optimizer == FLASH,
+        "quantized": were_quantized(folder.common),
     }
     state = folder.state()
     weights = folder.weights()
@@ -180,9 +189,7 @@ def parts(folder: CheckpointFolder) -> list[Part]:
     for key in sorted({*weights, *state}):
         saved = {_kind(kind, folder.optimizer): name for kind, name in state.get(key, {}).items()}
         keys = {kind.removesuffix(f"_{PER_ELEMENT}"): name for kind, name in saved.items()}
-        if HIGH in keys:  # of a quantized weight, in whose place it is stepped
-            keys[WEIGHT] = keys.pop(HIGH)
-        elif key in weights:
+        if key in weights:
             keys[WEIGHT] = key
         found += list(_layers(key, keys, common))
     return _in_depth_order(found) + _in_depth_order(list(_buckets(folder, common)))
@@ -230,7 +237,7 @@ def _buckets(folder: CheckpointFolder, common: dict[str, Any]) -> Iterator[Part]
     keys: dict[tuple[str, int], dict[str, str]] = {}
     for key in folder.reader.tensors():
         if match := _BUCKET.fullmatch(key):
-            kind = WEIGHT if match["kind"] == HIGH else _kind(match["kind"], folder.optimizer)
+            kind = _kind(match["kind"], folder.optimizer)
             keys.setdefault((match["before"], int(match["number"])), {})[kind] = key
     for (before, number), of_bucket in sorted(keys.items()):
         some = next(key for kind, key in of_bucket.items() if kind not in GROUP_STATE)

@@ -32,7 +32,7 @@ from functools import cache, partial
 import torch
 
 from megatron_flashoptim.checkpoint.conversion import SCALE_OF, encode_moment
-from megatron_flashoptim.checkpoint.deviation import belongs
+from megatron_flashoptim.checkpoint.deviation import belongs, is_near
 from megatron_flashoptim.checkpoint.folder import CheckpointFolder
 from megatron_flashoptim.checkpoint.side_by_side import Ranges, Tell, each_unit
 from megatron_flashoptim.checkpoint.state_parts import MASTER, WEIGHT, Part, decode, families, parts
@@ -238,7 +238,8 @@ def statistics_of(ranges: Ranges, part: Part) -> tuple[dict[str, Statistics], bo
             elif kind in SCALE_OF:
                 _add_moment(statistics, part, values, start, end)
             if check and kind == MASTER and is_of_weight is not False:
-                is_of_weight = belongs(values, part.stored(WEIGHT, start, end))
+                same = is_near if part.quantized else belongs
+                is_of_weight = same(values, part.stored(WEIGHT, start, end))
     return found, is_of_weight
 
 
@@ -278,7 +279,7 @@ def _add_master(
         is_exact = correction.dtype == torch.int16
         error = 0.0 if is_exact else _square_of_steps(values, _STEP_OF_24_BITS) / 12
     else:
-        is_exact = part.dtype(WEIGHT) == torch.float32
+        is_exact = part.dtype(part.high) == torch.float32
         error = 0.0 if is_exact else _square_of_steps(values, _STEP_OF_BF16) / 6
     statistics.error = (statistics.error or 0.0) + error
 

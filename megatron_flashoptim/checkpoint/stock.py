@@ -118,9 +118,9 @@ class StockLoading(ReadsFolder):
         try:
             reader = CheckpointReader(self.folder)
             deviation.check_dtypes(_dtypes_of_weights(self.ranges, reader), self.folder)
-            for owned in self.ranges:
-                _convert_range(owned, reader, report)
-            if report.damaged and not any(owned.shard.owns_param for owned in self.ranges):
+            rounded = [_convert_range(owned, reader, report) for owned in self.ranges]
+            quantizes = any(owned.shard.owns_param for owned in self.ranges)
+            if report.damaged and (not quantizes or sum(rounded) == len(report.damaged)):
                 deviation.check_not_quantized(load_common(Path(self.folder)), self.folder)
         except (ValueError, OSError) as problem:
             report.problem = str(problem)
@@ -193,7 +193,8 @@ def ranges_of_buckets(
             offset=(space.dp_rank * shard.param.numel() + start,),
             place=_whole,
             hint="dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
-            "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it",
+            "--overlap-grad-reduce, --ddp-bucket-size and --fp8-param-gather of the run that saved "
+            "it",
         )
         ranges.append(StockRange(name, shard, start, end, [part]))
     return ranges
@@ -212,20 +213,25 @@ def _dtypes_of_weights(ranges: Iterable[StockRange], reader: CheckpointReader) -
                 yield str(tensors[part.weight].properties.dtype)
             elif not part.weight:
                 key = reader.find(part.key.replace("{kind}", owned.master))
-                if named := _DTYPE_IN_KEY.search(key):
+                named = _DTYPE_IN_KEY.search(key)
+                if named and named[1] != str(torch.uint8):  # of quantized weights
                     yield named[1]
 
 
 @torch.no_grad()
-def _convert_range(owned: StockRange, reader: CheckpointReader, report: Report) -> None:
-    """Read and encode masters and moments of one parameter, one after the other."""
+def _convert_range(owned: StockRange, reader: CheckpointReader, report: Report) -> bool:
+    """Read and encode masters and moments of one parameter, one after the other.
+
+    Returns:
+        Whether it was not: the bf16 weights are not the masters', but may be them in FP8.
+    """
     elements = slice(owned.start, owned.end)
     weight = owned.shard.param[elements]
     master = _read(owned, reader, MASTER)
     same = deviation.is_near if owned.shard.owns_param else deviation.belongs
     if not same(master, weight):
         report.damaged.append(owned.name)
-        return
+        return not owned.shard.owns_param and deviation.is_near(master, weight)
     for start in range(0, master.numel(), AT_ONCE):
         part = slice(owned.start + start, min(owned.start + start + AT_ONCE, owned.end))
         report.deviations[MASTER].add(_store_master(owned.shard, part, master[start:]))
@@ -237,6 +243,7 @@ def _convert_range(owned: StockRange, reader: CheckpointReader, report: Report) 
             report.deviations[moment].add(_store_moment(owned.shard, moment, part, values[start:]))
     report.parameters += 1
     report.elements += owned.end - owned.start
+    return False
 
 
 def _read(owned: StockRange, reader: CheckpointReader, kind: str) -> torch.Tensor:

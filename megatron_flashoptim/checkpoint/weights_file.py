@@ -77,7 +77,8 @@ class WeightsExport:
     Args:
         source: folder of a checkpoint, or of one of its iterations.
         destination: new folder.
-        dtype: of what is written: fp32 joins masters, bf16 takes the model weights.
+        dtype: of what is written: fp32 joins masters, bf16 takes the model weights, or the high
+            parts of masters where flash keeps those of FP8 weights by tensor.
         iteration: of the source; by default its latest.
 
     Raises:
@@ -247,9 +248,11 @@ class WeightsExport:
             yield from chunk.cut(SPAN)
 
     def _values(self, span: Span) -> torch.Tensor:
-        if self._dtype == torch.float32 and self._state.has_state(span.chunk.key):
+        if not self._state.has_state(span.chunk.key):
+            return self._state.weight(span)
+        if self._dtype == torch.float32:
             return self._state.master(span)
-        return self._state.weight(span)
+        return self._state.high(span)
 
     def _write_index(self, work: Path) -> None:
         index = {

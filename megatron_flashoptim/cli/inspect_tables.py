@@ -150,15 +150,18 @@ def _order(value: float) -> float:
 def findings(inspection: Inspection) -> list[str]:
     """Return what is wrong with the checkpoint, or was found right."""
     lines = []
+    rounded = "masters rounded to bf16"
+    if any(part.quantized for part, _ in inspection.parts):
+        rounded = "masters, to about FP8's precision (--fp8-param-gather),"
     if inspection.not_of_weights:
         more = len(inspection.not_of_weights) - _MAX_NAMED
         named = ", ".join(inspection.not_of_weights[:_MAX_NAMED])
         lines.append(
-            f"masters rounded to bf16 are NOT the weights in {len(inspection.not_of_weights)} of "
+            f"{rounded} are NOT the weights in {len(inspection.not_of_weights)} of "
             f"{inspection.checked}: {named}" + (f" and {more} more" if more > 0 else "")
         )
     elif inspection.checked:
-        lines.append(f"masters rounded to bf16 are the weights, in all {inspection.checked}")
+        lines.append(f"{rounded} are the weights, in all {inspection.checked}")
     for kind in TITLES:
         total = inspection.total(kind)
         bad = total.nonfinite

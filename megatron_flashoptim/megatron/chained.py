@@ -352,7 +352,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         """Return the description of the state to save, the same on all ranks but for buckets."""
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
-            return described | metadata.describe_buckets([m.bucket_space() for m in members])
+            spaces = [member.bucket_space() for member in members]
+            return described | metadata.describe_buckets(spaces, described["weights"])
         if self._agreed is None:
             self._agreed = self._agree(members, model_sharded_state_dict)
         return described | self._agreed

@@ -428,16 +428,19 @@ class FlashDistributedOptimizer(FlashCheckpointing, QuantizedWeights, Distribute
     def offload_to_cpu(self) -> None:
         """Move the state to host memory and free its device memory, for inference in RL.
 
-        The high part of the masters stays where it is: it is the weights that inference uses.
+        The high part of the masters stays where it is: it is the weights that inference uses. That
+        of quantized weights, which inference uses instead, moves.
         """
         if not self.is_stub_optimizer:
             self.optimizer.offload()
+            self.view_high_parts(self.optimizer.shards)  # or their memory would not be freed
             torch.cuda.empty_cache()
 
     def restore_from_cpu(self) -> None:
         """Move the state back to the device, which must happen before a step."""
         if not self.is_stub_optimizer:
             self.optimizer.restore()
+            self.view_high_parts(self.optimizer.shards)
 
 
 def _shard_of_bucket(

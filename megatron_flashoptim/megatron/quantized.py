@@ -61,27 +61,34 @@ class QuantizedWeights(_Base):
 
     def make_high_parts(self, shards: list[BucketShard]) -> None:
         """Let the main parameters be views of the shards, which start from the weights."""
-        for item in self.quantized():
-            _main_param(item).data = shards[item.shard].param[item.start : item.end]
+        self.view_high_parts(shards)
         self.read_high_parts(shards)
+        for buffer in filter(is_quantized, self.buffers):
+            for param in buffer.params:  # not the owned ones only: each is a whole weight
+                if hasattr(param, "clear_high_precision_init_val"):
+                    param.clear_high_precision_init_val()
+
+    def view_high_parts(self, shards: list[BucketShard]) -> None:
+        """Let the main parameters be views of the shards, wherever their tensors are by now."""
+        for item in self.quantized():
+            item.param.main_param.data = _high_part(item, shards)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def read_high_parts(self, shards: list[BucketShard]) -> None:
         """Take the high parts from the weights.
 
-        They are what a weight was initialized with while Transformer Engine still has that, else
-        what its codes stand for.
+        They are what a weight was initialized with while Transformer Engine still has that, which
+        is until this optimizer is made, else what its codes stand for.
         """
         for item in self.quantized():
             param, value = item.param, None
             if hasattr(param, "get_high_precision_init_val"):
                 value = param.get_high_precision_init_val()
-                param.clear_high_precision_init_val()  # type: ignore[attr-defined]
             if value is None:
                 value = dequantize_fp8_tensor(param)
             numel = item.end - item.start
             part = value.reshape(-1)[item.param_start : item.param_start + numel]
-            shards[item.shard].param[item.start : item.end].copy_(part)
+            _high_part(item, shards).copy_(part)
 
     def _copy_main_params_to_model_params(self) -> None:
         """Quantize weights that Megatron keeps quantized; the step writes all others itself."""
@@ -97,11 +104,10 @@ class QuantizedWeights(_Base):
         items = [owned.get(param) for param in params]
         return (
             params,
-            [None if item is None else _main_param(item).data for item in items],
+            [None if item is None else _high_part(item, self.optimizer.shards) for item in items],
             [None if item is None else item.param_start for item in items],
         )
 
 
-def _main_param(item: ShardParam) -> torch.Tensor:
-    main: torch.Tensor = item.param.main_param  # type: ignore[attr-defined]
-    return main
+def _high_part(item: ShardParam, shards: list[BucketShard]) -> torch.Tensor:
+    return shards[item.shard].param[item.start : item.end]

@@ -42,6 +42,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
             "_copy_main_params_to_model_params",
             "_copy_model_grads_to_main_grads",
             "_copy_model_params_to_main_params",
+            "_get_fp8_params_and_shard_fp32_from_fp8",
             "_get_main_param_and_optimizer_states",
             "_param_name",
             "_set_main_param_and_optimizer_states",

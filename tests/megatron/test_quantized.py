@@ -7,6 +7,7 @@ On CPU ranks with ``float8`` in place of Transformer Engine's tensors, which nee
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ STOCK: dict[str, Any] = {"flash": None}
 OVERLAP = {"overlap": True, "bucket_size": 20_000}
 
 
-def _build(*, quantized: bool = True, **options: Any) -> Any:
+def _build(*, quantized: bool = True, prepare: Any = None, **options: Any) -> Any:
     import float8
     import tiny_gpt
 
@@ -36,8 +37,22 @@ def _build(*, quantized: bool = True, **options: Any) -> Any:
         return tiny_gpt.build(tiny_gpt.Setup(**options))
     float8.enable()
     options["ddp"] = {**options.get("ddp", {}), "fp8_param_gather": True}
-    prepare = float8.quantize_linear_layers
+    prepare = prepare or float8.quantize_linear_layers
     return tiny_gpt.build(tiny_gpt.Setup(prepare_model=prepare, **options))
+
+
+def _quantize_layer(number: int, model: Any) -> None:
+    import float8
+
+    float8.quantize_linear_layers(model.decoder.layers[number])
+
+
+def _freeze_others(model: Any) -> None:
+    import float8
+
+    float8.quantize_linear_layers(model)
+    for param in model.parameters():
+        param.requires_grad_(isinstance(param, float8.Float8))
 
 
 def _quantized_weights(trainer: Any) -> list[Any]:
@@ -50,21 +65,29 @@ def _quantized_weights(trainer: Any) -> list[Any]:
 
 
 def _trained(**options: Any) -> dict[str, Any]:
-    import float8
-
     trainer = _build(**options)
     found: dict[str, Any] = {"losses": trainer.train(4), "weights": trainer.weights()}
     if options.get("flash", FlashOptimConfig()) is None:
         return found
     found["line"] = trainer.optimizer.describe()
     found["quantized"] = len(_quantized_weights(trainer))
-    owned = [i for m in trainer.optimizer.chained_optimizers for i in m.quantized()]
-    assert owned
-    for item in owned:
-        main, weight = item.param.main_param, item.param
-        own = weight.codes.view(-1)[item.param_start :][: main.numel()]
-        assert torch.equal(own, float8._codes(main, weight.scale))
+    _check_codes(trainer)
     return found
+
+
+def _check_codes(trainer: Any) -> None:
+    """Fail unless the owned codes are of the high parts, and what is not needed is freed."""
+    import float8
+
+    weights = _quantized_weights(trainer)
+    assert not any(hasattr(weight, "initial") for weight in weights)
+    owned = [(i, m) for m in trainer.optimizer.chained_optimizers for i in m.quantized()]
+    assert owned
+    for item, member in owned:
+        high = member.optimizer.shards[item.shard].param[item.start : item.end]
+        assert item.param.main_param.data_ptr() == high.data_ptr()
+        own = item.param.codes.view(-1)[item.param_start :][: high.numel()]
+        assert torch.equal(own, float8._codes(high, item.param.scale))
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -174,10 +197,23 @@ def test_a_resumed_run_goes_on_with_the_same_bits(save_as: str, tmp_path: Path) 
         assert_same_state(before["all"], after["all"])
 
 
+def test_buckets_of_quantized_weights_alone_are_loaded_as_such(tmp_path: Path) -> None:
+    options = {"prepare": _freeze_others, "layers": 1}
+    (whole,) = run_ranks(1, _round, save=tmp_path, save_as="dp_reshardable", **options)
+    (resumed,) = run_ranks(1, _round, load=tmp_path, steps=0, **options)
+    assert resumed["losses"] == whole["losses"]
+
+
+EXPERTS = {"experts": 4, "layers": 1}
 WAYS = {
     "more ranks": ((1, {}), (2, OVERLAP)),
     "to bf16": ((2, OVERLAP), (2, {"quantized": False})),
     "to bf16, tensor parallel": ((1, {}), (2, {"quantized": False, "tp": 2, "parallel": True})),
+    "layers of both kinds": (
+        (1, {"prepare": partial(_quantize_layer, 0)}),
+        (2, {"prepare": partial(_quantize_layer, 1), **OVERLAP}),
+    ),
+    "experts": ((2, {"ep": 2, **EXPERTS}), (1, EXPERTS)),
     "from bf16": ((2, {"quantized": False}), (2, {"parallel": True, **OVERLAP})),
 }
 
@@ -202,13 +238,23 @@ def test_masters_stay_the_same_with_other_weights_and_ranks(way: str, tmp_path: 
 
 
 def test_buckets_of_quantized_weights_are_not_loaded_as_others(tmp_path: Path) -> None:
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.statistics import inspect
+
     run_ranks(1, _round, save=tmp_path, save_as="dp_reshardable")
+    inspection = inspect(open_folder(tmp_path))
+    assert not inspection.has_masters_of_weights(), "most weights are known by tensor alone"
+    assert len(inspection.families("master")) == 1
     (found,) = run_ranks(1, _round, load=tmp_path, quantized=False)
     assert "'quantized'" in found["error"] and "--fp8-param-gather as in the run" in found["error"]
 
 
 def test_state_of_adam_is_taken_over_where_weights_are_quantized(tmp_path: Path) -> None:
     from checkpoints import joined
+
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.statistics import inspect
+    from megatron_flashoptim.cli.inspect_tables import findings
 
     adam = run_ranks(2, _round, save=tmp_path, **STOCK)
     taken = run_ranks(2, _round, load=tmp_path, steps=0, **OVERLAP)
@@ -220,8 +266,21 @@ def test_state_of_adam_is_taken_over_where_weights_are_quantized(tmp_path: Path)
         if key.startswith("master."):
             torch.testing.assert_close(ours[key], master, rtol=2**-16, atol=0)
     assert taken[0]["losses"] == pytest.approx(adam[0]["losses"], rel=1e-3)
+    for others in ({"quantized": False}, {"prepare": partial(_quantize_layer, 1)}):
+        (refused,) = run_ranks(1, _round, load=tmp_path, **others)
+        assert "was saved by Adam with --fp8-param-gather" in refused["error"]
+    inspection = inspect(open_folder(tmp_path))
+    assert inspection.checked and not inspection.not_of_weights
+    assert "to about FP8's precision" in findings(inspection)[0]
+
+
+def test_buckets_of_adam_are_taken_over_where_weights_are_quantized(tmp_path: Path) -> None:
+    (adam,) = run_ranks(1, _round, save=tmp_path, save_as="dp_reshardable", **STOCK)
+    (taken,) = run_ranks(1, _round, load=tmp_path, steps=0)
+    assert taken["losses"] == pytest.approx(adam["losses"], rel=1e-3)
     (refused,) = run_ranks(1, _round, load=tmp_path, quantized=False)
-    assert "was saved by Adam with --fp8-param-gather" in refused["error"]
+    assert "in the checkpoint and" in refused["error"]
+    assert "--fp8-param-gather of the run that saved it" in refused["error"]
 
 
 def test_state_of_adam_that_is_not_of_the_weights_is_refused(tmp_path: Path) -> None:
@@ -248,10 +307,12 @@ def _shuffled(folder: Path) -> str:
 def test_conversion_and_export_take_the_high_parts(tmp_path: Path) -> None:
     """--to adam, --to weights and --to flash of another format; inspect reads them, too."""
     from checkpoints import joined
+    from safetensors.torch import load_file
     from test_convert import _contents, _convert
 
     from megatron_flashoptim.checkpoint.folder import open_folder
     from megatron_flashoptim.checkpoint.state_parts import MASTER, parts
+    from megatron_flashoptim.checkpoint.weights_file import WeightsExport
     from megatron_flashoptim.codec import join_master
 
     (tmp_path / "flash").mkdir()
@@ -274,6 +335,10 @@ def test_conversion_and_export_take_the_high_parts(tmp_path: Path) -> None:
         high = wide[f"optimizer.state.high.{key}" if key in quantized else key]
         assert torch.equal(join_master(high, wide[f"optimizer.state.correction.{key}"]), master)
         assert torch.equal(wide[key], before[key]), key
+    WeightsExport(tmp_path / "flash", tmp_path / "bf16", torch.bfloat16).run(lambda *_: None)
+    (file,) = (tmp_path / "bf16").glob("*.safetensors")
+    for key, weight in load_file(file).items():
+        assert torch.equal(weight, before.get(f"optimizer.state.high.{key}", before[key])), key
     for part in parts(open_folder(tmp_path / "flash")):
         if "linear_fc1.weight" in part.name:
             numel = part.elements
@@ -289,14 +354,24 @@ def _offloaded() -> None:
     import checkpoints
     from checkpoint_state import assert_same_state
 
+    from megatron_flashoptim.optim import BucketShard
+
+    def moved(shard: BucketShard, _: Any) -> None:
+        for _, tensor in shard.state():
+            tensor.data = tensor.data.clone()  # elsewhere, as between a GPU and the host
+
+    BucketShard.move_state = moved  # type: ignore[method-assign]
     trainer = _build()
     trainer.train(1)
     before = checkpoints.everything(trainer)
     trainer.optimizer.offload_to_cpu()
+    _check_codes(trainer)
     with pytest.raises(RuntimeError, match="restore_from_cpu"):
         trainer.step()
     trainer.optimizer.restore_from_cpu()
     assert_same_state(before, checkpoints.everything(trainer))
+    trainer.train(1)
+    _check_codes(trainer)
 
 
 REFUSED = {
