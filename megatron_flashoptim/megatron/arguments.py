@@ -158,11 +158,11 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
         config.rule.options(namespace, config)
     except ValueError as problem:
         error(str(problem))
-    for applies, refusal_of in (
+    for given_too, refusal_beside in (
         (config.early_param_gather, early_gather_refusal),
         (getattr(namespace, "fp8_param_gather", False), quantized_refusal),
     ):
-        refusal = refusal_of(namespace) if applies else None
+        refusal = refusal_beside(namespace) if given_too else None
         if refusal is not None:
             error(refusal)
     refusal = release_refusal(config, namespace)

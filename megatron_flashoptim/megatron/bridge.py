@@ -162,7 +162,9 @@ class FlashOptimizerConfig(OptimizerConfig):
             optimizer_cuda_graph=self.optimizer_cuda_graph,
             cuda_graph_impl=getattr(transformer, "cuda_graph_impl", None),
         )
-        refusal = support.early_gather_refusal(options) if flash.early_param_gather else None
+        refusal = None
+        if flash.early_param_gather:
+            refusal = support.early_gather_refusal(options)
         if refusal is None and container.ddp.fp8_param_gather:
             refusal = support.quantized_refusal(
                 SimpleNamespace(
@@ -170,7 +172,7 @@ class FlashOptimizerConfig(OptimizerConfig):
                     optimizer_cuda_graph=self.optimizer_cuda_graph,
                     flash_early_param_gather=flash.early_param_gather,
                     flash_gradient_release=flash.gradient_release,
-                )
+                ),
             )
         if refusal is not None:
             raise ValueError(_in_fields(refusal))

@@ -218,6 +218,10 @@ class FlashChainedOptimizer(ChainedOptimizer):
             return self._stock_state_dict(content or {}, model_sharded_state_dict)
         metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        if is_loading and content is not None:  # the same on all ranks, also those of stubs
+            self._loads_quantized = metadata.QUANTIZED_WEIGHTS in content[metadata.KEY] or any(
+                chunk.ddp_config.fp8_param_gather for chunk in self.model_chunks
+            )
         if members:
             assert content is not None  # it has a sharding type
             if is_loading:
@@ -270,15 +274,28 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 "more with --expert-model-parallel-size above 1, and with "
                 "--overlap-param-gather-with-optimizer-step; give both as in the run that saved it"
             )
-        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        if not self._loads_quantized:
+            self._load_members(state_dict)
+            return
+        problem = None
+        try:
+            self._load_members(state_dict)
+        except ValueError as found:  # files are read, which may fail on one rank
+            problem = str(found)
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, problem)
+        if any(everyone):
+            raise ValueError(next(filter(None, everyone)))
+        self._gather_weights()
+
+    def _load_members(self, state_dict: Any) -> None:
         if not isinstance(state_dict, dict) or metadata.MERGED not in state_dict:
             super().load_state_dict(state_dict)
-        else:
-            for number, member in enumerate(members):
-                param_state = state_dict[_PARAM_STATE][str(number)]
-                member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
-        if self._loads_quantized:
-            self._gather_weights()
+            return
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        for number, member in enumerate(members):
+            param_state = state_dict[_PARAM_STATE][str(number)]
+            member.load_state_dict({**state_dict, _PARAM_STATE: param_state})
 
     def _stock_state_dict(
         self, content: dict[str, Any], model_sharded_state_dict: Any
@@ -334,9 +351,6 @@ class FlashChainedOptimizer(ChainedOptimizer):
     ) -> None:
         saved = content[metadata.KEY]
         metadata.check(saved, members[0].flash, members[0].weights_dtype())
-        self._loads_quantized = metadata.QUANTIZED_WEIGHTS in saved or any(
-            chunk.ddp_config.fp8_param_gather for chunk in self.model_chunks
-        )
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
             metadata.check_buckets(saved, [m.bucket_space() for m in members])
             return

@@ -185,8 +185,9 @@ REFUSED_WITH_QUANTIZED = (
         "fp8_recipe",
         lambda value: value not in (None, "delayed", "tensorwise", "blockwise"),
         "--fp8-recipe other than delayed, tensorwise or blockwise",
-        "such weights need a GPU of the Blackwell generation, on which this was never tried; drop "
-        "--fp8-param-gather: with --fp8-format alone weights stay bf16 and are cast where used",
+        "weights of others were never tried, those of mxfp8 for want of a GPU of the Blackwell "
+        "generation; drop --fp8-param-gather: with --fp8-format alone weights stay bf16 and are "
+        "cast where used",
     ),
     Refused(
         "optimizer_cuda_graph",
@@ -210,7 +211,7 @@ REFUSED_WITH_QUANTIZED = (
         "ckpt_format",
         lambda value: value != "torch_dist",
         "--ckpt-format other than torch_dist",
-        "high parts of quantized weights are saved in no other format; use torch_dist",
+        "high parts of quantized weights in other formats were never tried; use torch_dist",
     ),
 )
 
@@ -263,22 +264,18 @@ def early_gather_refusal(options: Any) -> str | None:
     Args:
         options: a namespace; options whose field it lacks do not apply.
     """
-    option = first_refused(options, REFUSED_WITH_EARLY_GATHER)
-    if option is None:
+    found = first_refused(options, REFUSED_WITH_EARLY_GATHER)
+    if found is None:
         return None
-    return f"--flash-early-param-gather cannot be used with {option.flag}: {option.reason}"
+    return f"--flash-early-param-gather cannot be used with {found.flag}: {found.reason}"
 
 
 def quantized_refusal(options: Any) -> str | None:
-    """Return why the options cannot be combined with ``--fp8-param-gather``, or None.
-
-    Args:
-        options: a namespace; options whose field it lacks do not apply.
-    """
-    option = first_refused(options, REFUSED_WITH_QUANTIZED)
-    if option is None:
+    """Return why the options cannot be combined with ``--fp8-param-gather``, or None; likewise."""
+    found = first_refused(options, REFUSED_WITH_QUANTIZED)
+    if found is None:
         return None
-    return f"--fp8-param-gather cannot be used with {option.flag}: {option.reason}"
+    return f"--fp8-param-gather cannot be used with {found.flag}: {found.reason}"
 
 
 def refusal_of_the_rule(optimizer: str, options: Any) -> str | None:

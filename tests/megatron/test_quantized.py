@@ -374,6 +374,28 @@ def _offloaded() -> None:
     _check_codes(trainer)
 
 
+def test_what_one_rank_cannot_read_is_told_by_all(tmp_path: Path) -> None:
+    """Or the others would wait for it, to gather the weights."""
+    run_ranks(2, _round, save=tmp_path, quantized=False)
+    assert run_ranks(2, _unreadable, tmp_path) == ["not here", "not here"]
+
+
+def _unreadable(folder: Path) -> str:
+    import checkpoints
+
+    from megatron_flashoptim.checkpoint.loading import Loading
+
+    def unreadable(_: Any) -> None:
+        raise ValueError("not here")
+
+    trainer = _build()
+    if torch.distributed.get_rank() == 1:
+        Loading.read_weights = unreadable  # type: ignore[method-assign]
+    with pytest.raises(ValueError) as raised:
+        checkpoints.load(trainer, folder)
+    return str(raised.value)
+
+
 REFUSED = {
     "fp8_recipe": ("mxfp8", "--fp8-recipe other than"),
     "optimizer_cuda_graph": (True, "--optimizer-cuda-graph"),
