@@ -199,7 +199,11 @@ def _of_device(device: str) -> tuple[str, ...]:
         from megatron_flashoptim.megatron.cpu import MEGATRON_FLAGS
 
         return MEGATRON_FLAGS
-    return () if importlib.util.find_spec("transformer_engine") else CUDA_FLAGS
+    if not importlib.util.find_spec("transformer_engine"):
+        return CUDA_FLAGS
+    # Without it Megatron refuses to build its own output layer, whoever makes the others.
+    fuses = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+    return () if fuses else ("--no-gradient-accumulation-fusion",)
 
 
 def command_of(

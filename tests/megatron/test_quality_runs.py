@@ -160,6 +160,16 @@ def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
     return vars(row)
 
 
+def test_layers_are_those_of_the_packages_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
+    assert quality._of_device("cuda") == quality.CUDA_FLAGS
+    installed.add("transformer_engine")
+    assert quality._of_device("cuda") == ("--no-gradient-accumulation-fusion",)
+    installed.add("fused_weight_gradient_mlp_cuda")  # of Apex
+    assert quality._of_device("cuda") == ()
+
+
 def test_the_table_compares_the_seeds_that_both_have() -> None:
     finals = {"adam": {1: 2.0, 2: 2.25, 3: 2.5}, "flash_adamw": {2: 2.375, 3: 2.375}}
     runs = [_row(name, seed, loss) for name, of in finals.items() for seed, loss in of.items()]
