@@ -92,8 +92,8 @@ class Trained(bench_gpt.TrainedGPT):
         with torch.profiler.record_function("backward"):
             torch.autograd.backward(loss)
             if self.marks_end:
-                # A kernel that is found in the trace; torch has no types for it.
-                torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
+                # A kernel that is found in the trace.
+                torch.cuda._sleep(1)  # type: ignore[no-untyped-call]  # torch has no types
             self.finalize([self.chunk])
         with torch.profiler.record_function("optimizer.step"):
             success, norm, _ = self.optimizer.step()

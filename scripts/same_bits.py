@@ -132,7 +132,7 @@ def main() -> None:
     kinds = ("norms", "weights", "state")
     if any(row[kind] != rows[0][kind] for row in rows for kind in kinds):
         sys.exit("same_bits: bits differ")
-    print(f"the same bits in {len(rows)} ways of having {', '.join(PACKAGES)}")
+    print(f"the same bits with each of: {'; '.join(row['loaded'] for row in rows)}")
 
 
 if __name__ == "__main__":

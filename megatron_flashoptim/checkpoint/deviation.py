@@ -157,8 +157,8 @@ def check_not_quantized(common: dict[str, Any], folder: object) -> None:
     """
     if were_quantized(common):
         raise ValueError(
-            f"{folder} was saved by Adam with --fp8-param-gather: its weights are FP8 values, of "
-            "which no high parts of masters can be made. Load it with --fp8-param-gather, the same "
+            f"{folder} was saved by Adam with --fp8-param-gather: its weights are FP8 values, by "
+            "which its masters cannot be checked. Load it with --fp8-param-gather, the same "
             "layers in FP8 and --optimizer flash_adamw, which converts it and can save it for runs "
             "without; or have Adam load it without --fp8-param-gather, train a step and save"
         )

@@ -38,7 +38,7 @@ def main_param_of(param: torch.nn.Parameter) -> torch.Tensor:
     main = torch.empty(0, dtype=param.dtype, device=param.device)
     tensor_parallel.copy_tensor_model_parallel_attributes(main, param)
     if hasattr(param, "shared"):
-        main.shared = param.shared  # type: ignore[attr-defined]
+        main.shared = param.shared  # type: ignore[attr-defined]  # Megatron's own attribute
     return main
 
 
@@ -52,12 +52,16 @@ class QuantizedWeights(_Base):
     shard_params: list[ShardParam]
 
     def quantized(self) -> list[ShardParam]:
-        """Return the owned parts of quantized weights."""
-        return [
-            item
-            for item in self.shard_params
-            if is_quantized(self.buffers[self.model_param_gbuf_map[item.param][0]])
-        ]
+        """Return the owned parts of quantized weights, which every step asks for."""
+        if self._quantized is None:
+            self._quantized = [
+                item
+                for item in self.shard_params
+                if is_quantized(self.buffers[self.model_param_gbuf_map[item.param][0]])
+            ]
+        return self._quantized
+
+    _quantized: list[ShardParam] | None = None
 
     def make_high_parts(self, shards: list[BucketShard]) -> None:
         """Let the main parameters be views of the shards, which start from the weights."""
@@ -71,6 +75,7 @@ class QuantizedWeights(_Base):
     def view_high_parts(self, shards: list[BucketShard]) -> None:
         """Let the main parameters be views of the shards, wherever their tensors are by now."""
         for item in self.quantized():
+            # Megatron's own attribute, of which torch's types know nothing.
             item.param.main_param.data = _high_part(item, shards)  # type: ignore[attr-defined]
 
     @torch.no_grad()

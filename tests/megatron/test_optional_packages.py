@@ -202,6 +202,20 @@ def test_megatron_bridge_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
         importlib.import_module(name)
 
 
+def test_same_bits_steps_what_is_installed_and_hides_the_rest() -> None:
+    """Where all packages are missing there is one way; on a GPU the script compares four."""
+    script = Path(__file__).parents[2] / "scripts" / "same_bits.py"
+    small = "--layers 1 --hidden 64 --heads 4 --vocab 256 --steps 2 --bucket-size 30000".split()
+    device = [] if torch.cuda.is_available() else ["--device", "cpu"]
+    done = subprocess.run([sys.executable, script, *device, *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *rows, last = done.stdout.splitlines()
+    present = [name for name in ("transformer_engine", "apex") if importlib.util.find_spec(name)]
+    assert len(rows) == 2 ** len(present)
+    assert last.startswith("the same bits with each of: neither")
+    assert all(re.search(r"norms \w{16}  weights \w{16}  state \w{16}", row) for row in rows)
+
+
 @pytest.mark.smoke
 def test_install_without_optional_packages_works_or_names_the_package() -> None:
     """Megatron 0.17 imports yaml when training is imported, 0.19 when it is used."""

@@ -360,7 +360,7 @@ def _offloaded() -> None:
         for _, tensor in shard.state():
             tensor.data = tensor.data.clone()  # elsewhere, as between a GPU and the host
 
-    BucketShard.move_state = moved  # type: ignore[method-assign]
+    BucketShard.move_state = moved  # type: ignore[method-assign]  # in this fork only
     trainer = _build()
     trainer.train(1)
     before = checkpoints.everything(trainer)
@@ -390,7 +390,7 @@ def _unreadable(folder: Path) -> str:
 
     trainer = _build()
     if torch.distributed.get_rank() == 1:
-        Loading.read_weights = unreadable  # type: ignore[method-assign]
+        Loading.read_weights = unreadable  # type: ignore[method-assign]  # in this fork
     with pytest.raises(ValueError) as raised:
         checkpoints.load(trainer, folder)
     return str(raised.value)

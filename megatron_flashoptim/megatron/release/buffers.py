@@ -74,7 +74,8 @@ class ReleasedBuffer:
         for handle in self._grad_hooks:
             handle.remove()
         self._grad_hooks = [
-            param.register_hook(hook_of(param))  # type: ignore[no-untyped-call]  # torch's
+            # torch has no types for it.
+            param.register_hook(hook_of(param))  # type: ignore[no-untyped-call]
             for param in self.params
         ]
 
