@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,14 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Compute with one thread: tensors are small, and threads that wait for a busy core spin."""
+    """Compute with one thread: tensors are small, and threads that wait for a busy core spin.
+
+    torch replaces its thread pool at the first use after a fork, without a lock: where a rank and
+    gloo's thread are first at once, one of them finds none ("Invalid thread pool"). So a forked
+    rank uses it while it has one thread.
+    """
     torch.set_num_threads(1)
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 @pytest.fixture(scope="session")
