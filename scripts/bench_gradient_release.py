@@ -169,6 +169,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     pairs = zip(samples["off"], samples["on"], strict=True)
     return {
         "environment": environment(options),
+        "parameters": both["on"].parameters,
         "buckets": len(both["on"].chunk.bucket_groups),
         "checked_iterations": CHECKED + options.repeats * options.in_a_row,
         "iteration_ms": {mode: percentiles(found) for mode, found in samples.items()},
@@ -297,6 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fp32-gradients", action="store_true", help="gradients in fp32")
     parser.add_argument("--repeats", type=int, default=15, help="samples of each that count")
     parser.add_argument("--in-a-row", type=int, default=5, help="iterations of a sample")
+    parser.add_argument("--time-only", action="store_true", help="leave out the runs for memory")
     parser.add_argument("--out", type=Path, default=Path("gradient_release"), help="folder")
     parser.add_argument("--mode", choices=(*MODES, "both"), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -321,13 +323,15 @@ def main() -> None:
         "ranks": {},
     }
     for ranks in options.ranks:
-        memory = [started(options, ranks, mode)["memory"] for mode in MODES]
+        modes = () if options.time_only else MODES
+        memory = [started(options, ranks, mode)["memory"] for mode in modes]
         report["ranks"][str(ranks)] = {"memory": memory, **started(options, ranks, "both")}
     first = report["ranks"][str(options.ranks[0])]
     print(", ".join(f"{key} {value}" for key, value in first["environment"].items()))
-    print(f"{first['memory'][0]['parameters']:,} parameters in {first['buckets']} buckets")
-    print("ranks release  persistent: GB, B/par  peak: GB, B/par  gradients: GB, B/par "
-          "build GB device GB")  # fmt: skip
+    print(f"{first['parameters']:,} parameters in {first['buckets']} buckets")
+    if first["memory"]:
+        print("ranks release  persistent: GB, B/par  peak: GB, B/par  gradients: GB, B/par "
+              "build GB device GB")  # fmt: skip
     for found in report["ranks"].values():
         for row in found["memory"]:
             print(MemoryRow(**row).line())
