@@ -1,8 +1,9 @@
 """Param groups of a checkpoint, matched to those of the run.
 
 Megatron identifies groups by their options, not by their order. Whether expert parameters have
-groups of their own depends on the expert parallel size, so that a group whose only difference is
-``is_expert_parallel`` is taken where no group is alike.
+groups of their own depends on the expert parallel size, and a run may go on with another schedule,
+so that a group which differs in those alone is taken where no group is alike. Groups that differ in
+nothing that identifies them (of code that gives some their own betas) keep their order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import Any
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 _EXPERTS = "is_expert_parallel"
+# What Megatron's scheduler reads in each group; part of ``param_group_identifier_keys`` since 0.19.
+SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
+# What may differ, in this order, where no group of the checkpoint is like one of the run.
+_MAY_DIFFER = ((), (_EXPERTS,), SCHEDULE, (_EXPERTS, *SCHEDULE))
 # What a group of the run keeps when it takes over one of a checkpoint.
 OWN = ("params", _EXPERTS)
 # Of Adam: in the param groups of torch's, and in arguments where there is a flag for it.
@@ -61,23 +66,67 @@ def match(current: Sequence[Group], saved: Sequence[Group]) -> list[Group]:
     """Return the checkpoint's group for each group of the run.
 
     Raises:
-        ValueError: a group of the run has no counterpart; names its options and those there are.
+        ValueError: a group of the run has no counterpart, or several that differ; names its options
+            and those there are.
     """
-    exact = {_identifier(group): group for group in saved}
-    apart_from_experts = {_identifier(group, without=_EXPERTS): group for group in reversed(saved)}
-    found = []
-    for group in current:
-        same = exact.get(_identifier(group))
-        if same is None:
-            same = apart_from_experts.get(_identifier(group, without=_EXPERTS))
-        if same is None:
+    found: dict[int, Group] = {}
+    for without in _MAY_DIFFER:
+        missing = [number for number in range(len(current)) if number not in found]
+        taken = [id(group) for group in found.values()]
+        # One that was taken is taken again only where there is no other: experts by dense ones'.
+        free = [group for group in saved if id(group) not in taken]
+        for identifier in {_identifier(current[number], without) for number in missing}:
+            numbers = [n for n in missing if _identifier(current[n], without) == identifier]
+            like = _like(free, identifier, without) or _like(saved, identifier, without)
+            if len(like) == len(numbers):
+                found.update(zip(numbers, like, strict=True))
+            elif len(like) == 1:
+                found.update(dict.fromkeys(numbers, like[0]))
+    for number, group in enumerate(current):
+        if number not in found:
+            theirs = [_named(other) for other in saved]
             raise ValueError(
-                f"no param group of the checkpoint is like {_named(group)}; it has "
-                f"{[_named(other) for other in saved]}: weight decay or learning-rate overrides "
-                "differ from the run that saved it"
+                f"no param group of the checkpoint, or more than one, is like {_named(group)}; it "
+                f"has {theirs}: weight-decay or learning-rate overrides (--decoupled-lr, "
+                "--apply-wd-to-qk-layernorm, --use-mup) differ from the run that saved it"
             )
-        found.append(same)
-    return found
+    return [found[number] for number in range(len(current))]
+
+
+def _like(groups: Iterable[Group], identifier: Any, without: Sequence[str]) -> list[Group]:
+    """Return the groups of an identifier, one of those that are equal."""
+    like: list[Group] = []
+    for group in groups:
+        if _identifier(group, without) == identifier and not any(
+            _values(group) == _values(other) for other in like
+        ):
+            like.append(group)
+    return like
+
+
+def _values(group: Group) -> Group:
+    return {key: _plain(value) for key, value in group.items() if key != "params"}
+
+
+def schedules(groups: Iterable[Group]) -> list[Group]:
+    """Return what the scheduler reads in each group."""
+    return [{key: group[key] for key in SCHEDULE if key in group} for group in groups]
+
+
+def other_schedules(run: Iterable[Group], groups: Iterable[Group]) -> list[str]:
+    """Return a line for each difference of schedules, without repetition.
+
+    Args:
+        run: the run's, as of ``schedules``.
+        groups: loaded from a checkpoint.
+    """
+    lines = [
+        f"the checkpoint was saved with {key}={loaded.get(key)}, this run has {ours.get(key)}"
+        for ours, loaded in zip(run, groups, strict=True)
+        for key in SCHEDULE
+        if ours.get(key) != loaded.get(key)
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def taken_over(
@@ -121,14 +170,14 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _named(group: Group, without: str | None = None) -> dict[str, Any]:
+def _named(group: Group, without: Sequence[str] = ()) -> dict[str, Any]:
     # NeMo calls lr_mult and wd_mult pre_lr_mult and pre_wd_mult.
     return {
         key: group.get(key, group.get(f"pre_{key}"))
-        for key in param_group_identifier_keys
-        if key != without
+        for key in dict.fromkeys((*param_group_identifier_keys, *SCHEDULE))
+        if key not in without
     }
 
 
-def _identifier(group: Group, without: str | None = None) -> tuple[Any, ...]:
+def _identifier(group: Group, without: Sequence[str]) -> tuple[Any, ...]:
     return tuple(_named(group, without).values())

@@ -288,6 +288,12 @@ class FlashChainedOptimizer(ChainedOptimizer):
             raise ValueError(next(filter(None, everyone)))
         self._gather_weights()
 
+    def settle_schedule(self, *, override: bool, use_checkpoint: bool) -> None:
+        """Choose the learning rates of param groups that were loaded, see each member's."""
+        for member in self.chained_optimizers:
+            if not member.is_stub_optimizer:
+                member.settle_schedule(override=override, use_checkpoint=use_checkpoint)
+
     def _load_members(self, state_dict: Any) -> None:
         if not isinstance(state_dict, dict) or metadata.MERGED not in state_dict:
             super().load_state_dict(state_dict)
@@ -423,9 +429,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         flash = members[0].flash
         rounded = ""
         if flash.rule.keeps_exp_avg_sq:
-            betas = [group["betas"] for m in members for group in m.optimizer.param_groups]
-            rounding = flash.resolve_rounding(max(beta2 for _, beta2 in betas))
-            rounded = f"second moment rounded {rounding}, "
+            found = sorted({member.optimizer.exp_avg_sq_rounding() for member in members})
+            rounded = f"second moment rounded {' and '.join(found)}, "
         launches = sum(bool(shard.segments) for m in members for shard in m.optimizer.shards)
         counted = "1 launch" if launches == 1 else f"{launches} launches"
         return (

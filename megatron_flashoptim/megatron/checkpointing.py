@@ -53,11 +53,13 @@ class FlashCheckpointing(_Base):
     Attributes:
         flash: the configuration in force.
         shard_params: where each owned parameter lies in the shards.
+        run_schedules: of the param groups, before they were loaded; see ``settle_schedule``.
     """
 
     flash: FlashOptimConfig
     optimizer: FlashOptimizer
     shard_params: list[ShardParam]
+    run_schedules: list[dict[str, Any]] | None = None
 
     def weights_dtype(self) -> str:
         """Return the dtype of the model weights, as checkpoint metadata names it."""
@@ -106,9 +108,36 @@ class FlashCheckpointing(_Base):
         """Return the checkpoint's group for each of the run's; tells what it changes in them."""
         current = self.optimizer.param_groups
         matched = param_groups.match(current, saved)
+        self.run_schedules = param_groups.schedules(current)
         for line in param_groups.taken_over(current, matched, self.flash.rule.defaults):
             _warn_once(line)
         return matched
+
+    def settle_schedule(self, *, override: bool, use_checkpoint: bool) -> None:
+        """Choose between the run's and the loaded learning rates of the param groups.
+
+        Args:
+            override: the run's, ``--override-opt_param-scheduler``.
+            use_checkpoint: the checkpoint's, ``--use-checkpoint-opt_param-scheduler``.
+
+        Raises:
+            ValueError: they differ, and neither was chosen.
+        """
+        run, groups = self.run_schedules, self.optimizer.param_groups
+        self.run_schedules = None
+        if run is None or use_checkpoint:
+            return
+        for line in param_groups.other_schedules(run, groups):
+            if not override:
+                raise ValueError(
+                    f"{line}: give --override-opt_param-scheduler for this run's, or "
+                    "--use-checkpoint-opt_param-scheduler for the checkpoint's"
+                )
+            _warn_once(f"{line}: this run's is used")
+        for group, ours in zip(groups, run, strict=True):
+            for key in param_groups.SCHEDULE:
+                group.pop(key, None)
+            group.update(ours)
 
     def load_stock_param_groups(self, saved: list[dict[str, Any]], args: object) -> None:
         """Load step, learning rate and the like from param groups of Megatron's Adam.

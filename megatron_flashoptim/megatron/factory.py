@@ -11,6 +11,7 @@ import megatron.core.optimizer
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.utils import log_single_rank
 
+from megatron_flashoptim.megatron import install
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.release.support import check_release
@@ -60,6 +61,7 @@ def chain(optimizers: list[Any]) -> FlashChainedOptimizer:
         RuntimeError: a member is something else than a flash optimizer.
     """
     chained = FlashChainedOptimizer(optimizers)
+    install.SCHEDULE.apply(install.SCHEDULE.owner())
     log_single_rank(logger, logging.INFO, chained.describe())
     return chained
 

@@ -4,14 +4,17 @@ Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
 ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
 ``_ParamAndGradBuffer.__init__`` (allocates no gradients with ``--flash-gradient-release``),
-``dist_checkpointing.load`` (names damaged files), the training loop's ``calc_params_l2_norm``
-(sums in fp32) and the bytes in Megatron's theoretical memory figures. All do what Megatron does
-unless ``--optimizer`` names a flash optimizer; ``--report-theoretical-memory`` prints those figures
-for any optimizer. The name ``DistributedOptimizer`` in ``megatron.core.optimizer`` is bound too,
-but only while a flash optimizer is being built (``megatron.factory``).
+``dist_checkpointing.load`` (names damaged files), the scheduler's ``load_state_dict`` (learning
+rates of a checkpoint or of the run, in every param group), the training loop's
+``calc_params_l2_norm`` (sums in fp32) and the bytes in Megatron's theoretical memory figures. All
+do what Megatron does unless ``--optimizer`` names a flash optimizer;
+``--report-theoretical-memory`` prints those figures for any optimizer. ``DistributedOptimizer`` in
+``megatron.core.optimizer`` is bound too, but only while a flash optimizer is being built
+(``megatron.factory``).
 
 A Megatron with one of ``patches/`` applied makes the same calls itself; there only gradient buffers
-are bound, for ``--flash-gradient-release``.
+are bound, for ``--flash-gradient-release``, and the scheduler, which is bound wherever a chain of
+flash optimizers is built.
 """
 
 from __future__ import annotations
@@ -165,6 +168,18 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def _wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        if settle := getattr(self.optimizer, "settle_schedule", None):
+            settle(
+                override=self.override_opt_param_scheduler,
+                use_checkpoint=self.use_checkpoint_opt_param_scheduler,
+            )
+        original(self, state_dict)
+
+    return load_state_dict
+
+
 def _wrap_theoretical_memory(original: Callable[..., Any]) -> Callable[..., Any]:
     def compute_weight_and_optimizer_memory(args: Any, verbose: bool = False) -> Any:
         from megatron_flashoptim.megatron.arguments import config_from_args
@@ -185,6 +200,12 @@ def _wrap_theoretical_memory(original: Callable[..., Any]) -> Callable[..., Any]
 _BUFFER = Binding(
     "megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBuffer.__init__", _wrap_buffer
 )
+# Wherever a flash optimizer is built. What it reads in param groups is loaded with the optimizer.
+SCHEDULE = Binding(
+    "megatron.core.optimizer_param_scheduler",
+    "OptimizerParamScheduler.load_state_dict",
+    _wrap_schedule,
+)
 BINDINGS = (
     Binding("megatron.training.arguments", "add_megatron_arguments", _wrap_arguments),
     Binding("megatron.training.training", "get_megatron_optimizer", _wrap_optimizer),
@@ -194,6 +215,7 @@ BINDINGS = (
         _wrap_init,
     ),
     _BUFFER,
+    SCHEDULE,
     Binding("megatron.core.dist_checkpointing", "load", wrap_load),
     Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),
     Binding(
@@ -209,7 +231,7 @@ LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
 def bindings() -> tuple[Binding, ...]:
     """Return what is bound in the installed Megatron, little where it calls us by itself."""
     if versions.is_patched():
-        return (_BUFFER,)
+        return (_BUFFER, SCHEDULE)
     module, path = versions.layout_name()
     return (*BINDINGS, Binding(module, path, wrap_layout, static="." in path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ class HyperTable:
         self.values = self.keys.view(torch.float32)
         self.grad_scale = torch.ones(rows, dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.float32, device=device)
+        self._uploads: deque[torch.Tensor] = deque(maxlen=8)
 
     def __len__(self) -> int:
         return self.keys.shape[0]
@@ -79,6 +81,8 @@ class HyperTable:
             packed = bytearray(b"".join(row.pack(seed) for row in rows))
             host = torch.frombuffer(packed, dtype=torch.int32).view_as(self.keys)
             self.keys.copy_(host, non_blocking=True)
+            # Where a GPU reads the host's memory itself, the copy may come after the call.
+            self._uploads.append(host)
 
     def nbytes(self) -> int:
         """Return the bytes held on the device."""

@@ -106,10 +106,14 @@ class FlashOptimizer(torch.optim.Optimizer):
             self._device_hyper.load()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load param groups, as PyTorch does."""
-        super().load_state_dict(state_dict)
-        if self._device_hyper is not None:
-            self._device_hyper.load()
+        """Load param groups, which is all that ``state_dict`` holds.
+
+        Raises:
+            ValueError: there are more groups, or fewer.
+        """
+        # Not torch's, which puts new tensors in the place of those that a CUDA graph reads.
+        groups = state_dict["param_groups"]
+        self.load_param_groups([{k: group[k] for k in group if k != "params"} for group in groups])
 
     def plain_param_groups(self) -> list[dict[str, Any]]:
         """Return the param groups as plain values, without parameters, for a checkpoint."""
@@ -157,9 +161,16 @@ class FlashOptimizer(torch.optim.Optimizer):
                 group["step"] += 1
             rows = [HyperRow.of(self.rule, self.param_groups[index]) for index in self.row_groups]
             self.table.fill(rows, seed=self.flash.seed)
-        if self.rule.keeps_exp_avg_sq:
-            betas = (self.param_groups[index]["betas"] for index in self.row_groups)
-            self._rounding = self.flash.resolve_rounding(max((b for _, b in betas), default=0))
+        self._rounding = self.exp_avg_sq_rounding()
+
+    def exp_avg_sq_rounding(self) -> spec.Rounding:
+        """Return how second moments are rounded: by the largest beta2 of all param groups.
+
+        Ranks own parts of different groups and have all of them, so that every rank rounds alike.
+        """
+        if not self.rule.keeps_exp_avg_sq:
+            return "nearest"
+        return self.flash.resolve_rounding(max(group["betas"][1] for group in self.param_groups))
 
     @torch.no_grad()
     def launch(self, index: int) -> None:

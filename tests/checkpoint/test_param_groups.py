@@ -37,11 +37,40 @@ def test_experts_take_the_dense_group_where_they_have_none(
     assert [g["step"] for g in param_groups.match(current, [experts, dense])] == [1, 2]
 
 
+def test_groups_of_other_learning_rates_are_told_apart_and_may_change(
+    param_groups: ModuleType,
+) -> None:
+    """In Megatron before 0.19 the rates were no part of what identifies a group."""
+    saved = [_group(1), _group(2, max_lr=5e-3), _group(3, max_lr=5e-3, is_expert_parallel=True)]
+    for current, steps in (
+        ([_group(0, max_lr=5e-3), _group(0)], [2, 1]),
+        ([_group(0, max_lr=5e-4), _group(0, max_lr=5e-3)], [1, 2]),  # --lr is another
+        ([_group(0), _group(0, max_lr=6e-3)], [1, 2]),  # --decoupled-lr is another
+        ([_group(0, is_expert_parallel=True, max_lr=5e-4), _group(0)], [3, 1]),
+    ):
+        assert [group["step"] for group in param_groups.match(current, saved)] == steps
+    only = [_group(0), _group(0, max_lr=6e-3)]  # --decoupled-lr is new
+    assert [group["step"] for group in param_groups.match(only, [saved[0]])] == [1, 1]
+
+
+def test_groups_that_nothing_tells_apart_keep_their_order(param_groups: ModuleType) -> None:
+    saved = [_group(1, betas=(0.9, 0.95)), _group(2, betas=(0.5, 0.6))]
+    current = [_group(0, betas=(0.8, 0.95)), _group(0, betas=(0.5, 0.6))]
+    assert [group["step"] for group in param_groups.match(current, saved)] == [1, 2]
+    with pytest.raises(ValueError, match="or more than one"):
+        param_groups.match(current[:1], saved)
+    with pytest.raises(ValueError, match="or more than one"):
+        param_groups.match([*current, _group(0)], saved)
+    # Two that are equal are as good as one.
+    (found,) = param_groups.match(current[:1], [saved[0], dict(saved[0])])
+    assert found["step"] == 1
+
+
 def test_a_group_without_counterpart_is_refused_with_both_options(
     param_groups: ModuleType,
 ) -> None:
-    with pytest.raises(ValueError, match=r"max_lr.*0\.5.*max_lr.*0\.001"):
-        param_groups.match([_group(0, max_lr=0.5)], [_group(1)])
+    with pytest.raises(ValueError, match=r"wd_mult.*0\.5.*wd_mult.*1\.0"):
+        param_groups.match([_group(0, wd_mult=0.5)], [_group(1)])
 
 
 @pytest.mark.parametrize(

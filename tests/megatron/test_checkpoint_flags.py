@@ -134,20 +134,49 @@ def test_model_only_load_starts_from_exactly_the_weights(
         assert {group["step"] for group in rank["groups"]} == {1}
 
 
-def _learning_rates(folder: Path, flags: str) -> list[float]:
-    run = _train(folder, flags, 0, load=True, optimizer={"min_lr": 0.0})
-    return [group["lr"] for group in run["groups"]]
+def _with_lr(flags: str, lr: float) -> dict[str, Any]:
+    """Return flags and options of a run whose embeddings learn four times as fast."""
+    rates = {"lr": lr, "decoupled_lr": 4 * lr, "min_lr": 0.0, "decoupled_min_lr": 0.0}
+    return {"flags": f"--lr {lr} {flags}", "tied": False, "optimizer": rates}
 
 
-@pytest.mark.parametrize("flags", [FULL, "", "--ckpt-format torch"])
+def _learning_rates(folder: Path, *runs: tuple[str, float]) -> list[Any]:
+    """Return the learning rates of matrices and embeddings in runs that load, or the error."""
+    from megatron.core import parallel_state
+    from megatron.training import global_vars
+
+    found: list[Any] = []
+    for flags, lr in runs:
+        try:
+            run = _train(folder, steps=0, load=True, **_with_lr(flags, lr))
+            found.append(sorted({group["lr"] for group in run["groups"]}))
+        except ValueError as problem:
+            found.append(str(problem))
+        parallel_state.destroy_model_parallel()
+        global_vars.unset_global_variables()
+    return found
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param(FULL, marks=pytest.mark.smoke), "", "--ckpt-format torch"]
+)
 def test_schedule_is_the_checkpoints_unless_overridden(flags: str, tmp_path: Path) -> None:
-    run_ranks(1, _train, tmp_path, flags, 4, save_at=(4,), optimizer={"min_lr": 0.0})
-    (kept,) = run_ranks(1, _learning_rates, tmp_path, flags)
-    override = "--override-opt_param-scheduler --lr-decay-iters 16"
-    (overridden,) = run_ranks(1, _learning_rates, tmp_path, f"{flags} {override}")
-    # Linear from 1e-3 to 0 over 8 or 16 iterations, after 4.
-    assert kept == pytest.approx([1e-3 * (1 - 4 / 8)] * 2)
-    assert overridden == pytest.approx([1e-3 * (1 - 4 / 16)] * 2)
+    """Of every param group: embeddings have a learning rate of their own."""
+    override = f"{flags} --override-opt_param-scheduler"
+    use = f"{flags} --use-checkpoint-opt_param-scheduler"
+    run_ranks(1, _train, tmp_path, steps=4, save_at=(4,), **_with_lr(flags, 1e-3))
+    ((kept, refused, used, overridden, longer),) = run_ranks(
+        1,
+        _learning_rates,
+        tmp_path,
+        *[(flags, 1e-3), (flags, 5e-4), (use, 5e-4), (override, 5e-4)],
+        (f"{override} --lr-decay-iters 16", 1e-3),
+    )
+    # Linear to 0 over 8 or 16 iterations, after 4.
+    assert kept == used == pytest.approx([1e-3 / 2, 4e-3 / 2])
+    assert overridden == pytest.approx([5e-4 / 2, 2e-3 / 2])
+    assert longer == pytest.approx([1e-3 * 3 / 4, 4e-3 * 3 / 4])
+    assert "saved with max_lr=0.001, this run has 0.0005: give --override-opt" in refused
 
 
 def _killed_while_saving(folder: Path) -> None:

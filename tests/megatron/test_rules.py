@@ -213,19 +213,27 @@ def _with_overrides() -> list[dict[str, Any]]:
     flash = FlashOptimConfig(optimizer="flash_lion")
     setup = tiny_gpt.Setup(layers=1, flash=flash, optimizer=CONFIG)
     build = tiny_gpt.get_megatron_optimizer
-    own = {ParamKey(attr="is_embedding_or_output_parameter"): {"betas": (0.5, 0.6), "eps": 1.0}}
-    tiny_gpt.get_megatron_optimizer = lambda *args, **kwargs: build(
-        *args, **kwargs, config_overrides=own
-    )
-    trainer = tiny_gpt.build(setup)
-    groups = trainer.optimizer.param_groups
-    return [{key: group[key] for key in group if key != "params"} for group in groups]
+    options = {"betas": (0.5, 0.6), "eps": 1.0, "weight_decay": 0.5}
+    own = {ParamKey(attr="is_embedding_or_output_parameter"): options}
+    found: list[dict[str, Any]] = []
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        optimizer = build(*args, **kwargs, config_overrides=own)
+        # As built: the scheduler, and ``tiny_gpt`` in its place, set learning rate and decay.
+        for group in optimizer.param_groups:
+            found.append({key: group[key] for key in group if key != "params"})
+        return optimizer
+
+    tiny_gpt.get_megatron_optimizer = built
+    tiny_gpt.build(setup)
+    return found
 
 
 def test_options_that_megatron_overrides_for_a_param_group_reach_the_rule() -> None:
     """Adam's eps, which muP scales, does not."""
     (groups,) = run_ranks(1, _with_overrides)
-    assert {group["betas"] for group in groups} == {(0.9, 0.99), (0.5, 0.6)}
+    found = {(group["betas"], group["weight_decay"]) for group in groups}
+    assert found == {((0.9, 0.99), 0.1), ((0.5, 0.6), 0.5)}
     assert not any("eps" in group for group in groups)
 
 

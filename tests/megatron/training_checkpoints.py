@@ -62,7 +62,7 @@ class Run:
             end_wd=0.1,
             wd_incr_steps=8,
             wd_incr_style="constant",
-            use_checkpoint_opt_param_scheduler=False,
+            use_checkpoint_opt_param_scheduler=self.args.use_checkpoint_opt_param_scheduler,
             override_opt_param_scheduler=self.args.override_opt_param_scheduler,
         )
         self.context: dict[str, Any] = {}

@@ -123,7 +123,9 @@ def test_loaded_decay_rates_and_eps_are_used() -> None:
     other = {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 0.9}
     loaded, through_torch = _optimizer(True, **other), _optimizer(True, **other)
     loaded.load_param_groups(groups)
+    rate = through_torch.param_groups[0]["lr"]
     through_torch.load_state_dict(source.state_dict())
+    assert through_torch.param_groups[0]["lr"] is rate, "which a graph reads"
     for optimizer in (source, loaded, through_torch):
         optimizer.step()
     assert torch.equal(loaded.table.keys, source.table.keys)

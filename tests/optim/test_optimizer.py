@@ -241,6 +241,18 @@ def test_auto_rounding_follows_the_largest_beta2_of_all_rows() -> None:
     assert not torch.equal(by_auto.exp_avg_sq, nearest.exp_avg_sq)
 
 
+def test_auto_rounding_is_the_same_on_ranks_that_own_parts_of_different_groups() -> None:
+    """Data-parallel ranks hold the same bytes together, however many they are."""
+    found = []
+    for owned in ([0], [1], [0, 1], []):
+        optimizer = FlashOptimizer(_groups(betas=(0.9, 0.999)), FlashOptimConfig(), eps=1e-8)
+        optimizer.param_groups[0]["betas"] = (0.9, 0.95)
+        optimizer.attach([], owned, "cpu")
+        optimizer.step()
+        found.append(optimizer.exp_avg_sq_rounding())
+    assert found == ["stochastic"] * 4
+
+
 @pytest.mark.parametrize(
     ("option", "changed"),
     [
