@@ -24,10 +24,10 @@ from megatron_flashoptim.codec import (
     split_master,
 )
 from megatron_flashoptim.codec.spec import GROUP_SIZE, ExpAvgSqCode
-from megatron_flashoptim.optim.shard import EXP_AVG, EXP_AVG_SCALE, EXP_AVG_SQ, EXP_AVG_SQ_SCALE
+from megatron_flashoptim.optim.shard import EXP_AVG, MOMENTS
 
 # Moment and its scale, by name of the state.
-SCALE_OF = {EXP_AVG: EXP_AVG_SCALE, EXP_AVG_SQ: EXP_AVG_SQ_SCALE}
+SCALE_OF = {moment: scale for moment, (_, scale) in MOMENTS.items()}
 
 
 def can_convert_correction(saved_bits: int, bits: int) -> bool:

@@ -32,14 +32,13 @@ from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.master import correction_dtype
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.optim.config import FlashOptimConfig
-from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ, HIGH
+from megatron_flashoptim.optim.shard import CORRECTION, EXP_AVG, EXP_AVG_SQ, HIGH, MOMENTS
 
 # Elements of a span: one box of each new tensor, in memory at once. Models of more than so many
 # elements have longer spans: what describes each box, about 1 kB, is in memory too.
 SPAN = 1 << 22
 _MANY = 1 << 38
 _ADAM_KINDS = {MASTER, OLDER_MASTER, EXP_AVG, EXP_AVG_SQ}
-_CODE_DTYPES = {EXP_AVG: torch.int8, EXP_AVG_SQ: torch.uint8}
 
 
 class Recoding:
@@ -251,7 +250,7 @@ class Recoding:
         if weight == torch.bfloat16 and correction is not None:
             yield f"{PREFIX}.{CORRECTION}.{key}", correction, False
         for kind in self.moments:
-            yield f"{PREFIX}.{kind}.{key}", _CODE_DTYPES[kind], False
+            yield f"{PREFIX}.{kind}.{key}", MOMENTS[kind][0], False
             name = SCALE_OF[kind]
             if key in self.per_element:
                 yield f"{PREFIX}.{name}_{PER_ELEMENT}.{key}", torch.bfloat16, False
@@ -316,7 +315,7 @@ class Recoding:
         self, key: str, kind: str, values: torch.Tensor, report: Report
     ) -> dict[tuple[str, bool], torch.Tensor]:
         code = self.flash.exp_avg_sq_code
-        codes = torch.empty(values.shape, dtype=_CODE_DTYPES[kind])
+        codes = torch.empty(values.shape, dtype=MOMENTS[kind][0])
         scale = torch.empty(-(-values.numel() // GROUP_SIZE), dtype=torch.bfloat16)
         for part in _slices(values.numel()):
             groups = slice(part.start // GROUP_SIZE, -(-part.stop // GROUP_SIZE))

@@ -18,7 +18,12 @@ from megatron_flashoptim.megatron.support import (
     first_refusal,
     quantized_refusal,
 )
-from megatron_flashoptim.optim.config import ROUNDING_POLICIES, FlashOptimConfig, fields_refusal
+from megatron_flashoptim.optim.config import (
+    ROUNDING_POLICIES,
+    FlashOptimConfig,
+    config_of,
+    fields_refusal,
+)
 from megatron_flashoptim.optim.rules import RULES
 
 # Namespace attribute that holds the flash optimizer's name, or None.
@@ -176,23 +181,7 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
 
 def config_from_args(args: argparse.Namespace) -> FlashOptimConfig | None:
     """Return the flash configuration of parsed arguments, or None for other optimizers."""
-    name = getattr(args, FIELD, None)
-    if name is None:
-        return None
-    return FlashOptimConfig(
-        optimizer=name,
-        master_bits=args.flash_master_bits,
-        exp_avg_sq_code=args.flash_exp_avg_sq_code,
-        rounding=args.flash_rounding,
-        master_rounding=args.flash_master_rounding,
-        early_param_gather=args.flash_early_param_gather,
-        sgd_nesterov=args.flash_sgd_nesterov,
-        gradient_release=args.flash_gradient_release,
-        release_slots=args.flash_release_slots,
-        accept_partial_step=args.flash_accept_partial_step,
-        bucket_clip_grad=args.flash_bucket_clip_grad,
-        seed=args.seed,
-    )
+    return None if getattr(args, FIELD, None) is None else config_of(vars(args))
 
 
 def _dest(flag: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -143,6 +143,12 @@ def arguments(flash: FlashOptimConfig | None) -> dict[str, Any]:
     """
     names = [field.name for field in fields(FlashOptimConfig) if field.name != "seed"]
     return {f"flash_{name}": None if flash is None else getattr(flash, name) for name in names}
+
+
+def config_of(args: Mapping[str, Any]) -> FlashOptimConfig:
+    """Return the configuration that parsed arguments hold, the inverse of ``arguments``."""
+    given = {name.removeprefix("flash_"): args[name] for name in arguments(None)}
+    return FlashOptimConfig(**given, seed=args["seed"])
 
 
 def _check_choice(flag: str, value: Any, choices: tuple[Any, ...]) -> None:

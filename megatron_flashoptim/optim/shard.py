@@ -25,8 +25,8 @@ EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
 ELEMENT_STATE = (HIGH, CORRECTION, EXP_AVG, EXP_AVG_SQ)
 GROUP_STATE = (EXP_AVG_SCALE, EXP_AVG_SQ_SCALE)
 
-# Codes of each moment, and the name of its scales.
-_MOMENTS = {EXP_AVG: (torch.int8, EXP_AVG_SCALE), EXP_AVG_SQ: (torch.uint8, EXP_AVG_SQ_SCALE)}
+# Dtype of each moment's codes, and the name of its scales.
+MOMENTS = {EXP_AVG: (torch.int8, EXP_AVG_SCALE), EXP_AVG_SQ: (torch.uint8, EXP_AVG_SQ_SCALE)}
 
 
 @dataclass
@@ -88,7 +88,7 @@ class BucketShard:
         keeps_correction = dtype is not None and self.param.dtype == torch.bfloat16
         self.correction = self._zeros(numel, dtype) if keeps_correction else None
         for moment in self.rule.moments:
-            dtype, scale = _MOMENTS[moment]
+            dtype, scale = MOMENTS[moment]
             setattr(self, moment, self._zeros(numel, dtype))
             setattr(self, scale, self._zeros(numel // GROUP_SIZE, torch.bfloat16))
 
