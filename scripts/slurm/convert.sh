@@ -4,8 +4,9 @@
 #   SRC=/shared/adam DST=/shared/flash TO=flash scripts/slurm/convert.sh           submit
 #   SRC=/shared/adam DST=/shared/flash TO=flash scripts/slurm/convert.sh --test    show, run nothing
 #
-# Stopped by the time limit or a preemption, it is requeued and goes on where it was. Set the
-# variables in the environment, or here. More in docs/slurm.md.
+# Stopped by the time limit or a preemption, a conversion to flash or adam is requeued and goes on
+# where it was. One to weights is not: every start writes them anew, so TIME must hold all of it.
+# Set the variables in the environment, or here. More in docs/slurm.md.
 set -euo pipefail
 set -a # the job gets the variables
 
@@ -21,7 +22,7 @@ MEMORY="${MEMORY:-16G}"                      # of the node: 1 GB a process, and 
 TIME="${TIME:-4:00:00}"                      # limit of one start, in Slurm's notation
 JOB_NAME="${JOB_NAME:-flash-convert}"        # name of the job
 SBATCH_OPTIONS="${SBATCH_OPTIONS:-}"         # more options of sbatch: partition, account, ...
-LOGS="${LOGS:-}"                             # folder of the output; empty: DST/logs
+LOGS="${LOGS:-}"                             # empty: DST/logs, of weights DST.logs beside it
 
 # Software.
 PYTHON="${PYTHON:-}"                         # empty: .venv of this repository, or the container's
@@ -55,9 +56,13 @@ check() {
     [ -n "$SRC" ] || die "SRC is empty: name the folder of the checkpoint"
     [ -n "$DST" ] || die "DST is empty: name the folder for the result"
     check_choice TO flash adam weights
-    : "${LOGS:=$DST/logs}"
+    make_absolute DST # before a suffix is put to it
+    if [ "$TO" = weights ]; then : "${LOGS:=$DST.logs}"; else : "${LOGS:=$DST/logs}"; fi
     default_python
-    for name in SRC DST LOGS; do make_absolute "$name"; done
+    for name in SRC LOGS; do make_absolute "$name"; done
+    if [ "$TO" = weights ] && [[ "$LOGS/" == "$DST/"* ]]; then
+        die "LOGS='$LOGS': lies in DST, which must hold nothing but the weights; name a folder elsewhere"
+    fi
     if [ -n "$SETUP" ]; then make_absolute SETUP; fi
     [ -d "$SRC" ] || die "SRC='$SRC': no such folder"
     [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
@@ -99,16 +104,23 @@ run_job() {
     fi
     say "ended with exit code $code"
     # An error would be the same again; a signal left finished parts behind it.
-    if ((code > 128)) && (($(files_written) > files)); then requeue_job; fi
+    if ((code > 128)); then
+        if [ "$TO" = weights ]; then
+            say "not requeued: weights are written anew; submit it again, with a TIME that holds it"
+        elif (($(files_written) > files)); then
+            requeue_job
+        fi
+    fi
     exit "$code"
 }
 
 submit_job() {
-    local output="$LOGS/%x-%j.log"
+    local output="$LOGS/%x-%j.log" warning=(--signal "TERM@$WARNING_SECONDS")
+    if [ "$TO" = weights ]; then warning=(); fi # nothing would be kept
     local command=(
         sbatch --parsable --job-name "$JOB_NAME" --output "$output" --open-mode append
         --nodes 1 --ntasks 1 --cpus-per-task "$PROCESSES" --mem "$MEMORY" --time "$TIME"
-        --export ALL --requeue --signal "TERM@$WARNING_SECONDS" "${MORE_OPTIONS[@]}"
+        --export ALL --requeue "${warning[@]}" "${MORE_OPTIONS[@]}"
         "$REPO/scripts/slurm/convert.sh" --job "$REPO"
     )
     if [ "$mode" = submit ]; then
@@ -121,6 +133,13 @@ submit_job() {
     show_variables "${BASH_SOURCE[0]}"
     echo "# The job runs, once:"
     show "${COMMAND[@]}"
+    if [ "$TO" = weights ]; then
+        echo "# Stopped, it is not requeued by this script; another start writes the weights anew."
+    elif [ "$REQUEUE" = no ]; then
+        echo "# Stopped, it is not requeued by this script; submitted again, it goes on where it was."
+    else
+        echo "# Stopped, it is requeued once a part is finished, and goes on where it was."
+    fi
 }
 
 case "$mode" in
