@@ -5,8 +5,9 @@
 #   SRC=/shared/adam DST=/shared/flash TO=flash scripts/slurm/convert.sh --test    show, run nothing
 #
 # Stopped by the time limit or a preemption, a conversion to flash or adam is requeued and goes on
-# where it was. One to weights is not: every start writes them anew, so TIME must hold all of it.
-# Set the variables in the environment, or here. More in docs/slurm.md.
+# where it was. One to weights writes them anew in every start: it is requeued after a preemption
+# and ends at the time limit, so TIME must hold all of it. Set the variables in the environment, or
+# here. More in docs/slurm.md.
 set -euo pipefail
 set -a # the job gets the variables
 
@@ -103,20 +104,20 @@ run_job() {
         exit
     fi
     say "ended with exit code $code"
-    # An error would be the same again; a signal left finished parts behind it.
-    if ((code > 128)); then
-        if [ "$TO" = weights ]; then
-            say "not requeued: weights are written anew; submit it again, with a TIME that holds it"
-        elif (($(files_written) > files)); then
-            requeue_job
-        fi
+    # An error would be the same again; a signal left finished parts behind it. Weights are written
+    # anew: after the SIGTERM of a preemption, not after a kill for memory, which would come again.
+    if [ "$TO" = weights ]; then
+        if ((code == 128 + 15)); then requeue_job; fi
+    elif ((code > 128)) && (($(files_written) > files)); then
+        requeue_job
     fi
     exit "$code"
 }
 
 submit_job() {
     local output="$LOGS/%x-%j.log" warning=(--signal "TERM@$WARNING_SECONDS")
-    if [ "$TO" = weights ]; then warning=(); fi # nothing would be kept
+    # Warned, weights would keep nothing, and be requeued to the same end.
+    if [ "$TO" = weights ]; then warning=(); fi
     local command=(
         sbatch --parsable --job-name "$JOB_NAME" --output "$output" --open-mode append
         --nodes 1 --ntasks 1 --cpus-per-task "$PROCESSES" --mem "$MEMORY" --time "$TIME"
@@ -133,13 +134,15 @@ submit_job() {
     show_variables "${BASH_SOURCE[0]}"
     echo "# The job runs, once:"
     show "${COMMAND[@]}"
-    if [ "$TO" = weights ]; then
-        echo "# Stopped, it is not requeued by this script; another start writes the weights anew."
-    elif [ "$REQUEUE" = no ]; then
-        echo "# Stopped, it is not requeued by this script; submitted again, it goes on where it was."
+    local stopped="by the limit or a preemption" where=" if it finished a part"
+    local again="goes on where it was"
+    if [ "$TO" = weights ]; then stopped="by a preemption" where="" again="writes the weights anew"; fi
+    if [ "$REQUEUE" = yes ]; then
+        echo "# Stopped $stopped it is requeued$where, and $again."
     else
-        echo "# Stopped, it is requeued once a part is finished, and goes on where it was."
+        echo "# Stopped $stopped it is not requeued; submitted again, it $again."
     fi
+    if [ "$TO" = weights ]; then echo "# At the limit it ends with nothing: TIME must hold it."; fi
 }
 
 case "$mode" in

@@ -159,26 +159,37 @@ def _save_adam(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["flash", "adam", "weights"])
-def test_a_stopped_conversion_starts_again_where_it_goes_on(
+def test_a_stopped_conversion_starts_again_where_that_helps(
     target: str, slurm: str, tmp_path: Path
 ) -> None:
-    _programs(tmp_path / "bin", {"stopped": "touch $DST/part$SLURM_RESTART_COUNT; kill $$"})
-    variables = {"PATH": slurm, "PYTHON": tmp_path / "bin" / "stopped", "SRC": tmp_path}
-    variables |= {"DST": tmp_path / "result", "TO": target}
-    _, text = _job_log(**variables)
-    assert "start 1: ended with exit code 143" in text
+    _programs(tmp_path / "bin", {"stopped": "touch $DST/part; kill -s ${0##*/} $$"})
+    for name in ("TERM", "KILL"):
+        (tmp_path / "bin" / name).symlink_to("stopped")
+    variables = {"PATH": slurm, "SRC": tmp_path, "DST": tmp_path / "result", "TO": target}
     goes_on = target != "weights"
-    assert ("start 1: requeued\nscontrol requeue 7\n" in text) == goes_on
-    assert ("start 1: not requeued: weights are written anew; submit it" in text) != goes_on
-    log, text = _job_log(**variables)
-    assert "scontrol" not in text, "no part was finished"
-    # What --test says is what was seen.
-    for requeue, says in (("yes", "is requeued once a part"), ("no", "submitted again, it goes")):
-        shown = _run("convert.sh", "--test", **variables, REQUEUE=requeue).stdout.splitlines()
-        assert (says if goes_on else "another start writes the weights anew") in shown[-1]
-        (submitted,) = (line for line in shown if line.startswith("sbatch "))
-        assert f"--output {log.parent}/%x-%j.log" in submitted
-        assert ("--signal TERM@60" in submitted) == goes_on, "there is nothing to save"
+    # Preempted before and after a part was finished, and killed for its memory.
+    for name, code, part, again in (
+        ("TERM", 143, True, True),
+        ("TERM", 143, False, not goes_on),
+        ("KILL", 137, True, goes_on),
+    ):
+        if part:
+            (tmp_path / "result" / "part").unlink(missing_ok=True)
+        log, text = _job_log(**variables, PYTHON=tmp_path / "bin" / name)
+        assert f"start 1: ended with exit code {code}" in text
+        assert ("start 1: requeued\nscontrol requeue 7\n" in text) == again
+        log.unlink()  # it is one of the files in DST
+    for requeue, says in (
+        ("yes", f"requeued{' if it finished a part' * goes_on}, and"),
+        ("no", "submitted again, it"),
+    ):
+        shown = _run("convert.sh", "--test", **variables, REQUEUE=requeue).stdout
+        then = "goes on where it was" if goes_on else "writes the weights anew"
+        assert f"by {'the limit or ' * goes_on}a preemption it is " in shown
+        assert f"{says} {then}." in shown
+        assert ("# At the limit it ends with nothing" in shown) != goes_on
+        assert f"--output {log.parent}/%x-%j.log" in shown
+        assert ("--signal TERM@60" in shown) == goes_on
 
 
 def test_every_variable_has_a_comment_and_is_shown(args_file: Path, tmp_path: Path) -> None:
