@@ -285,6 +285,21 @@ def test_a_warning_reaches_the_workers_and_leaves_torchrun_alone(tmp_path: Path)
     assert rest.count("worker saved") == 2
 
 
+def test_a_job_script_ignores_signals_once_its_command_has_ended() -> None:
+    """Slurm signals it more than once; a trap that bash 5.2 runs in $(...) may end it."""
+    script = """
+        source "$0"
+        code=0
+        run_to_its_end bash -c 'kill -TERM $PPID; sleep 0.1; exit 3' || code=$?
+        kill -USR1 $$
+        kill -TERM $$
+        echo "$code" "$(trap -p TERM USR1)"
+    """
+    command = ["bash", "-euo", "pipefail", "-c", script, str(SCRIPTS / "common.sh")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "3 trap -- '' SIGTERM\ntrap -- '' SIGUSR1\n", done.stderr
+
+
 def _until_two(lines: Iterator[str], text: str) -> Iterator[str]:
     seen = 0
     for line in lines:
