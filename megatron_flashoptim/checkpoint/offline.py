@@ -78,14 +78,15 @@ class Result:
 
     Attributes:
         folder: the new iteration.
-        report: errors, and parameters that were repaired (``damaged``).
+        report: errors, and parameters that were repaired (``damaged``); None where an interrupted
+            conversion had moved the result into place and removed its records.
         bytes_before, bytes_after: of all files of the iteration.
         resumed: parts that an interrupted conversion had finished already.
         parts: all of them.
     """
 
     folder: Path
-    report: Report
+    report: Report | None
     bytes_before: int
     bytes_after: int
     resumed: int
@@ -111,12 +112,17 @@ class Conversion:
         check_destination(self.final, self.folder.path)  # a destination that is SRC's own --save
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
-        for taken in (request.destination, self.final):
-            if taken.exists() and (taken == self.final or not taken.is_dir()):
-                raise ValueError(f"{taken} is there already; remove it, or give another folder")
         self._work = request.destination / f".converting-{self.folder.name}"
         self._new = self._work / "checkpoint"
         self._records = self._work / "records"
+        self._described = self._work / "conversion.json"
+        self._checked = self._work / "damaged.json"
+        for taken, fits in (
+            (request.destination, request.destination.is_dir()),
+            (self.final, self._is_in_place()),
+        ):
+            if taken.exists() and not fits:
+                raise ValueError(f"{taken} is there already; remove it, or give another folder")
         self.parts = list(self._parts())
         self.layout = writer.plan_parts(
             [[box for span in part for box in self.recoding.boxes(span)] for part in self.parts],
@@ -174,7 +180,7 @@ class Conversion:
         return found
 
     def run(self, progress: Progress = lambda phase, done, total: None) -> Result:
-        """Convert, verify, and move the result into place.
+        """Convert, verify, move the result into place and name it as the latest.
 
         Args:
             progress: is told the phase, and how many of its elements are done.
@@ -184,15 +190,44 @@ class Conversion:
                 disk space; an unfinished conversion of something else in the destination; a
                 source that is damaged; a file that was not written as it should be. What is
                 finished is kept then, for the same conversion to go on with, and the error says
-                where; before any part is, nothing is left.
+                where; before any part is, nothing is left. Where the result is in place, the same
+                conversion only ends what is left to do.
         """
-        made = not self.request.destination.exists()
-        self._begin(made)
+        resumed = len(self.parts)
+        if not self._is_in_place():
+            made = not self.request.destination.exists()
+            self._begin(made)
+            resumed = sum(record is not None for record in self._all_records())
+            self._move_into_place(progress, made)
+        with writer.writing(self.request.destination):
+            report = self._end()
+        return Result(
+            folder=self.final,
+            report=report,
+            bytes_before=bytes_of(self.folder.path),
+            bytes_after=bytes_of(self.final),
+            resumed=resumed,
+            parts=len(self.parts),
+        )
+
+    def _is_in_place(self) -> bool:
+        """Return whether this conversion was interrupted with its result moved into place."""
+        if not self.final.is_dir() or self._new.exists() or not self._described.is_file():
+            return False
+        return bool(json.loads(self._described.read_text()) == self._identity())
+
+    def _move_into_place(self, progress: Progress, made: bool) -> None:
+        """Convert, verify, and move the result into place.
+
+        Raises:
+            ValueError: as of ``run``.
+        """
         try:
-            return self._run(progress)
+            self._convert_and_verify(progress)
+            self._new.rename(self.final)
         except (ValueError, OSError, BrokenExecutor) as problem:
             said = str(problem).rstrip(".")
-            if any(self._record(number) is not None for number in range(len(self.parts))):
+            if any(record is not None for record in self._all_records()):
                 raise ValueError(
                     f"{said}. What is finished is kept in {self._work}: the same command goes "
                     "on with it; delete it if you do not"
@@ -209,42 +244,28 @@ class Conversion:
             with suppress(OSError):  # others may have put something there
                 self.request.destination.rmdir()
 
-    def _run(self, progress: Progress) -> Result:
-        resumed = sum(self._record(number) is not None for number in range(len(self.parts)))
+    def _convert_and_verify(self, progress: Progress) -> None:
         with workers.Pool(self._job(), self.request.processes) as pool:
             damaged = self._damaged(pool, progress)
             self._convert(pool, damaged, progress)
-            records = [self._record(number) for number in range(len(self.parts))]
-            finished = [record for record in records if record is not None]
-            assert len(finished) == len(records)
+            finished = [record for record in self._all_records() if record is not None]
+            assert len(finished) == len(self.parts)
             with writer.writing(self._new):
                 self._finish_folder(finished)
             self._verify(pool, progress)
-        report = Report()
-        for record in finished:
-            report.add(record.report)
-        report.damaged = [chunk.name for chunk in damaged]
-        self._publish()
-        return Result(
-            folder=self.final,
-            report=report,
-            bytes_before=bytes_of(self.folder.path),
-            bytes_after=bytes_of(self.final),
-            resumed=resumed,
-            parts=len(self.parts),
-        )
 
     def _begin(self, made: bool) -> None:
         """Make the working folder, or check that the one there is this conversion's."""
         identity = self._identity()
-        path = self._work / "conversion.json"
-        if path.is_file():
-            if json.loads(path.read_text()) != identity:
+        if self._described.is_file():
+            if json.loads(self._described.read_text()) != identity:
                 raise ValueError(
                     f"{self._work} holds an unfinished conversion of another checkpoint, with "
                     "other options or of another release; remove it, or give another folder"
                 )
-            return
+            if self._new.is_dir():
+                return
+            shutil.rmtree(self._work)  # its result was moved into place, and is gone from there
         with writer.writing(self.request.destination):
             self._new.mkdir(parents=True, exist_ok=True)
             self._records.mkdir(exist_ok=True)
@@ -255,7 +276,7 @@ class Conversion:
                 f"{self.request.destination} has {free / 1e9:.1f} GB free, the result needs "
                 f"{needed / 1e9:.1f} GB"
             )
-        _write_safely(path, json.dumps(identity))
+        _write_safely(self._described, json.dumps(identity))
 
     def _identity(self) -> dict[str, Any]:
         from megatron_flashoptim import __version__
@@ -276,13 +297,16 @@ class Conversion:
     def _record(self, number: int) -> writer.Record | None:
         return writer.read_record(self._records, number)
 
+    def _all_records(self) -> list[writer.Record | None]:
+        return [self._record(number) for number in range(len(self.parts))]
+
     def _damaged(self, pool: workers.Pool, progress: Progress) -> list[Chunk]:
         """Return the chunks whose masters are not those of the weights.
 
         Raises:
             ValueError: there are some, and they are not to be repaired.
         """
-        path = self._work / "damaged.json"
+        path = self._checked
         chunks = self.recoding.chunks_to_check()
         if path.is_file():
             numbers = json.loads(path.read_text())
@@ -371,9 +395,25 @@ class Conversion:
         if (self.folder.path / INTEGRITY_FNAME).is_file():
             save_integrity_manifest(str(self._new))
 
-    def _publish(self) -> None:
-        """Move the finished iteration into place, then name it as the latest."""
-        self._new.rename(self.final)
+    def _report(self) -> Report | None:
+        """Return the report of all parts, or None where records were removed."""
+        report = Report()
+        for record in self._all_records():
+            if record is None:
+                return None
+            report.add(record.report)
+        chunks = self.recoding.chunks_to_check()
+        report.damaged = [chunks[number].name for number in json.loads(self._checked.read_text())]
+        return report
+
+    def _end(self) -> Report | None:
+        """Name the iteration in place as the latest, and remove the working folder.
+
+        Whatever interrupts it, it can be called again, as long as the description is there.
+
+        Returns:
+            The report of all parts, or None where a call before has removed records.
+        """
         tracker = self.request.destination / TRACKER
         before = tracker.read_text().strip() if tracker.is_file() else ""
         number = self.folder.iteration
@@ -381,7 +421,14 @@ class Conversion:
             _write_safely(tracker, "release")
         elif not before.isdigit() or int(before) < number:
             _write_safely(tracker, str(number))
-        shutil.rmtree(self._work)
+        report = self._report()
+        if self._records.is_dir():
+            shutil.rmtree(self._records)
+        self._checked.unlink(missing_ok=True)
+        self._described.unlink()
+        with suppress(OSError):  # it is empty, and the result is whole
+            self._work.rmdir()
+        return report
 
 
 def _flash_of(request: Request, folder: CheckpointFolder) -> FlashOptimConfig:

@@ -109,9 +109,18 @@ class WeightsExport:
                 f"{destination} holds the source {self.folder.path}, which is only read; give "
                 "another folder"
             )
-        if destination.exists() and not _is_empty_folder(destination):
-            raise ValueError(f"{destination} is there already; remove it, or give another folder")
         self.tensors = self._placed()
+        if destination.exists() and not self._may_be_filled():
+            raise ValueError(f"{destination} is there already; remove it, or give another folder")
+
+    def _may_be_filled(self) -> bool:
+        """Return whether the destination is an empty folder, or one that a kill left unfinished."""
+        if not self.destination.is_dir():
+            return False
+        found = {path.name for path in self.destination.iterdir()}
+        # Files are moved out of the working folder one by one, and it is removed after them.
+        left = {_WORK, INDEX, *self._headers} if _WORK in found else set()
+        return found <= left
 
     def _placed(self) -> list[Placed]:
         files: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
@@ -166,7 +175,7 @@ class WeightsExport:
         if stays:
             work = self.destination / _WORK
         if work.exists():
-            shutil.rmtree(work)
+            self._remove(work)
         work.mkdir(parents=True)
         free = shutil.disk_usage(work).free
         if self.bytes_of_result() > free:
@@ -188,12 +197,19 @@ class WeightsExport:
             if not stays:
                 work.rename(self.destination)
                 return
-            for file in sorted(work.iterdir(), key=lambda file: file.name == INDEX):
-                file.rename(self.destination / file.name)
-            work.rmdir()
+            for name in (*self._headers, INDEX):
+                (work / name).rename(self.destination / name)
         except BaseException:  # nothing goes on from what is there
-            shutil.rmtree(work, ignore_errors=True)
+            self._remove(work)
             raise
+        work.rmdir()
+
+    def _remove(self, work: Path) -> None:
+        """Remove what is unfinished, and what was moved out of it already."""
+        if work.parent == self.destination:
+            for name in (INDEX, *self._headers):
+                (self.destination / name).unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
 
     def _check_masters(self, progress: Callable[[str, int, int], None]) -> None:
         """Refuse to take masters that are not those of the weights.
@@ -260,10 +276,6 @@ class WeightsExport:
             "weight_map": {tensor.key: tensor.file for tensor in self.tensors},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and all(found.name == _WORK for found in path.iterdir())
 
 
 def bytes_of_tensor(tensor: Placed) -> int:

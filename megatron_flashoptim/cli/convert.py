@@ -169,7 +169,7 @@ def _print_result(conversion: Conversion, result: Result, seconds: float) -> Non
         parts = _parts(result.parts)
         print(f"{result.resumed} of {parts} were there from an interrupted conversion")
     report = result.report
-    if report.damaged:
+    if report and report.damaged:
         shown = report.damaged[:_SHOWN_REPAIRED]
         more = len(report.damaged) - len(shown)
         print(
@@ -177,9 +177,9 @@ def _print_result(conversion: Conversion, result: Result, seconds: float) -> Non
             + ", ".join(shown)
             + (f" and {more} more" if more else "")
         )
-    if conversion.request.target == "flash":
+    if report and conversion.request.target == "flash":
         print(report.text())
-    else:
+    elif report:
         print(f"{report.elements} elements in {report.parameters} parameters, decoded exactly")
     print(
         f"{result.folder}: {_size(result.bytes_after)}, from {_size(result.bytes_before)} "

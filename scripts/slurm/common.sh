@@ -124,7 +124,9 @@ say() {
 }
 
 # run_to_its_end COMMAND...: run a command and return its exit code, whatever signal comes.
-# Slurm warns the batch script together with its steps, and a shell without a trap would end.
+# Slurm warns the batch script together with its steps, and a shell without a trap would end. After
+# the command the signals are ignored: bash 5.2 that runs a trap in $(...) may end with "unexpected
+# EOF", and the job would not be requeued.
 run_to_its_end() {
     local process code warned
     trap 'warned=yes' TERM USR1
@@ -134,7 +136,10 @@ run_to_its_end() {
         warned=
         code=0
         wait "$process" || code=$?
-        if [ -z "$warned" ]; then return "$code"; fi
+        if [ -z "$warned" ]; then
+            trap '' TERM USR1
+            return "$code"
+        fi
     done
 }
 

@@ -4,8 +4,10 @@
 #   SRC=/shared/adam DST=/shared/flash TO=flash scripts/slurm/convert.sh           submit
 #   SRC=/shared/adam DST=/shared/flash TO=flash scripts/slurm/convert.sh --test    show, run nothing
 #
-# Stopped by the time limit or a preemption, it is requeued and goes on where it was. Set the
-# variables in the environment, or here. More in docs/slurm.md.
+# Stopped by the time limit or a preemption, a conversion to flash or adam is requeued and goes on
+# where it was. One to weights writes them anew in every start: it is requeued after a preemption
+# and ends at the time limit, so TIME must hold all of it. Set the variables in the environment, or
+# here. More in docs/slurm.md.
 set -euo pipefail
 set -a # the job gets the variables
 
@@ -21,7 +23,7 @@ MEMORY="${MEMORY:-16G}"                      # of the node: 1 GB a process, and 
 TIME="${TIME:-4:00:00}"                      # limit of one start, in Slurm's notation
 JOB_NAME="${JOB_NAME:-flash-convert}"        # name of the job
 SBATCH_OPTIONS="${SBATCH_OPTIONS:-}"         # more options of sbatch: partition, account, ...
-LOGS="${LOGS:-}"                             # folder of the output; empty: DST/logs
+LOGS="${LOGS:-}"                             # empty: DST/logs, of weights DST.logs beside it
 
 # Software.
 PYTHON="${PYTHON:-}"                         # empty: .venv of this repository, or the container's
@@ -55,9 +57,13 @@ check() {
     [ -n "$SRC" ] || die "SRC is empty: name the folder of the checkpoint"
     [ -n "$DST" ] || die "DST is empty: name the folder for the result"
     check_choice TO flash adam weights
-    : "${LOGS:=$DST/logs}"
+    make_absolute DST # before a suffix is put to it
+    if [ "$TO" = weights ]; then : "${LOGS:=$DST.logs}"; else : "${LOGS:=$DST/logs}"; fi
     default_python
-    for name in SRC DST LOGS; do make_absolute "$name"; done
+    for name in SRC LOGS; do make_absolute "$name"; done
+    if [ "$TO" = weights ] && [[ "$LOGS/" == "$DST/"* ]]; then
+        die "LOGS='$LOGS': lies in DST, which must hold nothing but the weights; name a folder elsewhere"
+    fi
     if [ -n "$SETUP" ]; then make_absolute SETUP; fi
     [ -d "$SRC" ] || die "SRC='$SRC': no such folder"
     [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
@@ -98,17 +104,24 @@ run_job() {
         exit
     fi
     say "ended with exit code $code"
-    # An error would be the same again; a signal left finished parts behind it.
-    if ((code > 128)) && (($(files_written) > files)); then requeue_job; fi
+    # An error would be the same again; a signal left finished parts behind it. Weights are written
+    # anew: after the SIGTERM of a preemption, not after a kill for memory, which would come again.
+    if [ "$TO" = weights ]; then
+        if ((code == 128 + 15)); then requeue_job; fi
+    elif ((code > 128)) && (($(files_written) > files)); then
+        requeue_job
+    fi
     exit "$code"
 }
 
 submit_job() {
-    local output="$LOGS/%x-%j.log"
+    local output="$LOGS/%x-%j.log" warning=(--signal "TERM@$WARNING_SECONDS")
+    # Warned, weights would keep nothing, and be requeued to the same end.
+    if [ "$TO" = weights ]; then warning=(); fi
     local command=(
         sbatch --parsable --job-name "$JOB_NAME" --output "$output" --open-mode append
         --nodes 1 --ntasks 1 --cpus-per-task "$PROCESSES" --mem "$MEMORY" --time "$TIME"
-        --export ALL --requeue --signal "TERM@$WARNING_SECONDS" "${MORE_OPTIONS[@]}"
+        --export ALL --requeue "${warning[@]}" "${MORE_OPTIONS[@]}"
         "$REPO/scripts/slurm/convert.sh" --job "$REPO"
     )
     if [ "$mode" = submit ]; then
@@ -121,6 +134,15 @@ submit_job() {
     show_variables "${BASH_SOURCE[0]}"
     echo "# The job runs, once:"
     show "${COMMAND[@]}"
+    local stopped="by the limit or a preemption" where=" if it finished a part"
+    local again="goes on where it was"
+    if [ "$TO" = weights ]; then stopped="by a preemption" where="" again="writes the weights anew"; fi
+    if [ "$REQUEUE" = yes ]; then
+        echo "# Stopped $stopped it is requeued$where, and $again."
+    else
+        echo "# Stopped $stopped it is not requeued; submitted again, it $again."
+    fi
+    if [ "$TO" = weights ]; then echo "# At the limit it ends with nothing: TIME must hold it."; fi
 }
 
 case "$mode" in

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,134 @@ def test_a_killed_conversion_goes_on_where_it_was(
     for field in ("state_dict_metadata", "storage_data"):  # a name at random is beside them
         assert getattr(described[0], field) == getattr(described[1], field)
     assert _files(adam) == kept
+
+
+def _main_failing_at(point: int, error: type[BaseException], command: tuple[str, ...]) -> int:
+    """Convert; of all that changes a folder after the result is verified, one fails, from 0 on."""
+    from megatron_flashoptim.checkpoint.offline import Conversion
+
+    verify, calls = Conversion._verify, []
+
+    def failing(original: Any) -> Any:
+        def fails(*arguments: Any, **options: Any) -> Any:
+            calls.append(original)
+            if len(calls) == point + 1:
+                raise error(errno.EIO, "Input/output error")
+            return original(*arguments, **options)
+
+        return fails
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def verifies(*arguments: Any) -> None:
+            verify(*arguments)
+            for name in ("rename", "replace", "unlink", "rmdir"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+
+        patch.setattr(Conversion, "_verify", verifies)
+        return main(command)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_fails_after_the_result_is_verified_is_done_by_the_same_command(
+    error: type[BaseException], adam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rename, tracker, record, records, checked masters, description, working folder."""
+    options = ("--to", "flash")
+    assert main(["convert", *options, str(adam), str(tmp_path / "whole")]) == 0
+    source = adam
+    if error is KeyboardInterrupt:  # as a kill, with the other target
+        options, source = ("--to", "adam"), tmp_path / "whole"
+        assert main(["convert", *options, str(source), str(tmp_path / "whole_adam")]) == 0
+    whole = _files(tmp_path / ("whole" if source == adam else "whole_adam"))
+    del whole["iter_0000002/.metadata"]  # a name at random is in it
+    report = "relative errors" if source == adam else "decoded exactly"
+    for point in range(7):
+        new = tmp_path / str(point)
+        command = ("convert", *options, str(source), str(new))
+        capsys.readouterr()
+        code = _main_failing_at(point, error, command)
+        said = capsys.readouterr().err
+        last = point == 6  # an empty folder
+        if error is OSError:
+            assert code == (0 if last else 1)
+            kept = f"{new / '.converting-iter_0000002'}: the same command goes on with it"
+            assert last or (kept if point == 0 else "run the same command again") in said
+        else:
+            assert code == 130
+        code = main(command)
+        shown = capsys.readouterr()
+        if last:
+            assert code == 1 and "is there already" in shown.err
+            (new / ".converting-iter_0000002").rmdir()
+        else:
+            assert code == 0, shown.err
+            assert "1 of 1 part were there from an interrupted conversion" in shown.out
+            assert (report in shown.out) == (point <= 2), "as long as there are records"
+        assert (new / "latest_checkpointed_iteration.txt").read_text() == "2"
+        files = _files(new)
+        del files["iter_0000002/.metadata"]
+        assert files == whole
+        assert sorted(path.name for path in new.iterdir()) == [
+            "iter_0000002",
+            "latest_checkpointed_iteration.txt",
+        ]
+
+
+def test_a_result_that_is_in_place_and_unfinished_is_not_another_conversions(
+    adam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("convert", "--to", "flash", str(adam), str(tmp_path / "new"))
+    assert _main_failing_at(1, OSError, command) == 1
+    said = error(*command, "--master-bits", "32", code=1)
+    assert "iter_0000002 is there already" in said
+    # Removed as that says, it is converted anew.
+    shutil.rmtree(tmp_path / "new" / "iter_0000002")
+    assert main(command) == 0
+    assert "interrupted" not in capsys.readouterr().out
+    assert (tmp_path / "new" / "iter_0000002" / ".metadata").is_file()
+    assert [*(tmp_path / "new").glob(".converting*")] == []
+
+
+def test_weights_that_were_killed_while_moved_are_written_anew(
+    adam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a folder that was there; a file of the user's keeps it from being filled."""
+    from megatron_flashoptim.checkpoint import weights_file
+
+    monkeypatch.setattr(weights_file, "_FILE_BYTES", 20_000)
+    new = tmp_path / "new"
+    new.mkdir()
+    command = ("convert", "--to", "weights", str(adam), str(new))
+    original, moved = Path.rename, []
+
+    def dies(path: Path, target: Path) -> Path:
+        if len(moved) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moved.append(path)
+        return original(path, target)
+
+    def fails(path: Path, target: Path) -> Path:
+        moved.append(path)
+        return original(path, target if len(moved) < 3 else new / "no" / "folder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        assert run(*command).returncode == -signal.SIGKILL
+    assert len(list(new.iterdir())) == 3, "two files, and the working folder"
+    (new / "mine").touch()
+    assert "is there already" in error(*command, code=1)
+    (new / "mine").unlink()
+    assert main(command) == 0
+    index = json.loads((new / "model.safetensors.index.json").read_text())
+    assert set(_files(new)) == {*index["weight_map"].values(), "model.safetensors.index.json"}
+    assert len(set(index["weight_map"].values())) > 3
+    other = tmp_path / "other"
+    other.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        assert main((*command[:-1], str(other))) == 1
+    assert len(moved) == 3 and not any(other.iterdir()), "nothing is left"
 
 
 def test_nothing_is_written_into_the_source(

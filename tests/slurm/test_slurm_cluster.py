@@ -141,14 +141,20 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_conversion_jobs(cluster: Cluster, flash: Path, folder: Path) -> None:
-    """To Adam and back is the identity, if both jobs do what they should."""
+    """To Adam and back is the identity, if both jobs do what they should; weights beside them."""
+    settings = {"PROCESSES": 1, "MEMORY": "1G"}
+    weights = cluster.submit(
+        "convert.sh", SRC=flash, DST=folder / "weights", TO="weights", **settings
+    )
     for source, target, to in ((flash, "adam", "adam"), (folder / "adam", "back", "flash")):
-        job = cluster.submit(
-            "convert.sh", SRC=source, DST=folder / target, TO=to, PROCESSES=1, MEMORY="1G"
-        )
+        job = cluster.submit("convert.sh", SRC=source, DST=folder / target, TO=to, **settings)
         job.wait_for_state("COMPLETED")
         assert "start 1: finished" in job.text()
     _assert_same_tensors(flash, folder / "back", ITERATIONS)
+    weights.wait_for_state("COMPLETED")
+    assert "start 1: finished" in weights.text()
+    assert weights.log.parent == folder / "weights.logs"
+    assert (folder / "weights" / "model.safetensors.index.json").is_file()
 
 
 def test_jobs_that_are_cancelled_or_fail_at_once_are_not_started_again(

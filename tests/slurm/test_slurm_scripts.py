@@ -97,6 +97,101 @@ def test_containers_mount_what_the_job_reads_and_writes(args_file: Path, tmp_pat
     )
 
 
+# Slurm's commands as far as convert.sh needs them: the job runs at once, as what called it.
+_SLURM = {
+    "sbatch": """
+        while [ "${1##*/}" != convert.sh ]; do
+            if [ "$1" = --output ]; then log="$2"; fi
+            shift
+        done
+        log="${log//%x/$JOB_NAME}"
+        SLURM_JOB_ID=7 SLURM_JOB_NODELIST=here "$@" >"${log//%j/7}" 2>&1
+        echo "7;cluster"
+    """,
+    "srun": 'while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"',
+    "squeue": "echo RUNNING",
+    "scontrol": 'echo "scontrol $*"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> str:
+    """Return a PATH with stand-ins for Slurm's commands."""
+    folder = tmp_path / "slurm"
+    _programs(folder, _SLURM)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def _programs(folder: Path, programs: dict[str, str]) -> None:
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
+
+def _job_log(**variables: object) -> tuple[Path, str]:
+    """Submit convert.sh; returns what it says the log is, and that."""
+    done = _run("convert.sh", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.fullmatch(r"job 7; its output goes to (.*)\n", done.stdout)
+    assert found, done.stdout
+    return Path(found[1]), Path(found[1]).read_text()
+
+
+def test_a_job_converts_to_weights_with_the_default_logs(
+    megatron: None, slurm: str, tmp_path: Path
+) -> None:
+    source, result = tmp_path / "release", tmp_path / "weights"
+    source.mkdir()
+    run_ranks(1, _save_adam, source)
+    # A slash at the end would put a suffix into the folder.
+    log, text = _job_log(PATH=slurm, SRC=source, DST=f"{result}/", TO="weights")
+    assert "start 1: finished" in text, text
+    assert log == tmp_path / "weights.logs" / "flash-convert-7.log"
+    names = ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    assert sorted(file.name for file in result.iterdir()) == names
+
+
+def _save_adam(folder: Path) -> None:
+    from adam_checkpoints import FULLY, save
+
+    save(folder, FULLY, 1, layers=1)
+
+
+@pytest.mark.parametrize("target", ["flash", "adam", "weights"])
+def test_a_stopped_conversion_starts_again_where_that_helps(
+    target: str, slurm: str, tmp_path: Path
+) -> None:
+    _programs(tmp_path / "bin", {"stopped": "touch $DST/part; kill -s ${0##*/} $$"})
+    for name in ("TERM", "KILL"):
+        (tmp_path / "bin" / name).symlink_to("stopped")
+    variables = {"PATH": slurm, "SRC": tmp_path, "DST": tmp_path / "result", "TO": target}
+    goes_on = target != "weights"
+    # Preempted before and after a part was finished, and killed for its memory.
+    for name, code, part, again in (
+        ("TERM", 143, True, True),
+        ("TERM", 143, False, not goes_on),
+        ("KILL", 137, True, goes_on),
+    ):
+        if part:
+            (tmp_path / "result" / "part").unlink(missing_ok=True)
+        log, text = _job_log(**variables, PYTHON=tmp_path / "bin" / name)
+        assert f"start 1: ended with exit code {code}" in text
+        assert ("start 1: requeued\nscontrol requeue 7\n" in text) == again
+        log.unlink()  # it is one of the files in DST
+    for requeue, says in (
+        ("yes", f"requeued{' if it finished a part' * goes_on}, and"),
+        ("no", "submitted again, it"),
+    ):
+        shown = _run("convert.sh", "--test", **variables, REQUEUE=requeue).stdout
+        then = "goes on where it was" if goes_on else "writes the weights anew"
+        assert f"by {'the limit or ' * goes_on}a preemption it is " in shown
+        assert f"{says} {then}." in shown
+        assert ("# At the limit it ends with nothing" in shown) != goes_on
+        assert f"--output {log.parent}/%x-%j.log" in shown
+        assert ("--signal TERM@60" in shown) == goes_on
+
+
 def test_every_variable_has_a_comment_and_is_shown(args_file: Path, tmp_path: Path) -> None:
     for script, variables in (
         ("pretrain.sh", {"SAVE": tmp_path / "run", "ARGS_FILE": args_file}),
@@ -147,6 +242,10 @@ def test_wrong_options_are_told_in_one_line(tmp_path: Path) -> None:
     for done, message in (
         (_run("pretrain.sh", "--help"), "'--help': give no option to submit the job, or --test"),
         (_run("convert.sh", SRC=tmp_path, DST=tmp_path, TO="fp8"), "TO='fp8': must be one of: "),
+        (
+            _run("convert.sh", SRC=tmp_path, DST=tmp_path, TO="weights", LOGS=tmp_path / "logs"),
+            f"LOGS='{tmp_path}/logs': lies in DST, which must hold nothing but the weights; name",
+        ),
         (_run("convert.sh", SRC="/no/such", DST=tmp_path, TO="adam"), "SRC='/no/such': no such"),
     ):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
@@ -184,6 +283,21 @@ def test_a_warning_reaches_the_workers_and_leaves_torchrun_alone(tmp_path: Path)
     assert node.returncode == 0, rest
     assert "warned by Slurm; SIGTERM to workers" in rest
     assert rest.count("worker saved") == 2
+
+
+def test_a_job_script_ignores_signals_once_its_command_has_ended() -> None:
+    """Slurm signals it more than once; a trap that bash 5.2 runs in $(...) may end it."""
+    script = """
+        source "$0"
+        code=0
+        run_to_its_end bash -c 'kill -TERM $PPID; sleep 0.1; exit 3' || code=$?
+        kill -USR1 $$
+        kill -TERM $$
+        echo "$code" "$(trap -p TERM USR1)"
+    """
+    command = ["bash", "-euo", "pipefail", "-c", script, str(SCRIPTS / "common.sh")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "3 trap -- '' SIGTERM\ntrap -- '' SIGUSR1\n", done.stderr
 
 
 def _until_two(lines: Iterator[str], text: str) -> Iterator[str]:
