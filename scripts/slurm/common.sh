@@ -63,7 +63,7 @@ read_words() {
                 # shellcheck disable=SC2001 # what a replacement may hold differs by bash's version
                 word="${word:-=}$(sed 's/\\\(["\\]\)/\1/g' <<<"${BASH_REMATCH[1]}")"
             else
-                die "$1, line $number: a quote is opened and not closed: $line"
+                die "$1, line $number: a quote is not closed, or a backslash ends the line: $line"
             fi
             line="${line:${#BASH_REMATCH[0]}}"
         done

@@ -111,7 +111,7 @@ check_arguments() {
     for word in "${MORE_ARGS[@]}"; do
         refuse_first_flags EXTRA_ARGS "$word"
         # One that cannot be read here is the launcher's to read, or to name.
-        if [[ "$word" == @* && -r "${word#@}" ]]; then
+        if [[ "$word" == @* && -f "${word#@}" && -r "${word#@}" ]]; then
             read_words "${word#@}"
             refuse_first_flags "EXTRA_ARGS: $word" "${WORDS[@]}"
         fi
@@ -186,7 +186,6 @@ run_job() {
     FINISHED="$SAVE/.finished-$SLURM_JOB_ID"
     rm -f "$FINISHED"
     TRIES="$LOGS/.retries-$SLURM_JOB_ID"
-    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$TRIES"; fi
     written="$(errors_size)"
     before="$(newest_checkpoint)"
     : "${RDZV_HOST:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
@@ -206,7 +205,6 @@ run_job() {
     fi
     say "ended before training did, with exit code $code; saved are ${after:-no} iterations"
     if (($(iteration "$after") > $(iteration "$before"))); then
-        rm -f "$TRIES"
         requeue_job
         exit "$code"
     fi
@@ -234,16 +232,17 @@ retry() {
 iteration ${after:-(none)}"
         return
     fi
-    if [ "$code" = 2 ] || wrong_arguments "$written"; then
+    # On a later start the same code is rather a disk's that one node could not read them from.
+    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && { [ "$code" = 2 ] || wrong_arguments "$written"; }; then
         say "not requeued: exit code 2 says that its arguments are wrong, as they would be again"
         return
     fi
     may_requeue || return 0
-    # A count from another checkpoint is not of starts in a row.
+    # Counted from another checkpoint: there was a new one since, so these are not in a row.
     if read -r from count 2>/dev/null <"$TRIES" && [ "$from" != "$(iteration "$before")" ]; then
         count=0
     fi
-    if ((count >= RETRIES)); then
+    if ((count >= 10#$RETRIES)); then
         rm -f "$TRIES"
         say "not requeued: no checkpoint since this start, and RETRIES=$RETRIES"
     elif echo "$(iteration "$before") $((count + 1))" >"$TRIES"; then
