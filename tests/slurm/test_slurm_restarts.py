@@ -133,7 +133,7 @@ def test_wrong_arguments_end_the_job_at_once(tmp_path: Path) -> None:
     # On a later start it may be one node that could not read them.
     assert job.start() == "requeued"
     # What was in the log before is no report of this start.
-    other = Starts(_folder(tmp_path / "other"), RETRIES="08")
+    other = Starts(_folder(tmp_path / "other"))
     other.log.write_text(job.log.read_text())
     assert other.start() == "requeued"
 
