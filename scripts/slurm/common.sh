@@ -39,6 +39,38 @@ split_words() {
     if [ -n "$lines" ]; then mapfile -t WORDS <<<"$lines"; fi
 }
 
+# read_words FILE: leave in the array WORDS the words of a file of arguments, the same as the launcher
+# reads (megatron_flashoptim/cli/argument_files.py). Here there may be no Python: a container has it.
+read_words() {
+    local line word number=0
+    WORDS=()
+    while IFS= read -r line || [ -n "$line" ]; do
+        number=$((number + 1))
+        line="${line%$'\r'}"
+        word= # with an "=" in front once it is begun: it may be empty
+        while [ -n "$line" ]; do
+            if [[ "$line" =~ ^[[:space:]]+ ]]; then
+                if [ -n "$word" ]; then WORDS+=("${word#=}"); fi
+                word=
+            elif [ -z "$word" ] && [[ "$line" == \#* ]]; then
+                break
+            elif [[ "$line" =~ ^[^[:space:]\'\"\\]+ ]]; then
+                word="${word:-=}${BASH_REMATCH[0]}"
+            elif [[ "$line" =~ ^\'([^\']*)\' || "$line" =~ ^\\(.) ]]; then
+                word="${word:-=}${BASH_REMATCH[1]}"
+            elif [[ "$line" =~ ^\"(([^\"\\]|\\.)*)\" ]]; then
+                # Within these a backslash stands for itself, but before one of two characters.
+                # shellcheck disable=SC2001 # what a replacement may hold differs by bash's version
+                word="${word:-=}$(sed 's/\\\(["\\]\)/\1/g' <<<"${BASH_REMATCH[1]}")"
+            else
+                die "$1, line $number: a quote is not closed, or a backslash ends the line: $line"
+            fi
+            line="${line:${#BASH_REMATCH[0]}}"
+        done
+        if [ -n "$word" ]; then WORDS+=("${word#=}"); fi
+    done <"$1"
+}
+
 # slurm_seconds TIME: print the seconds of a time in one of Slurm's notations: minutes,
 # minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
 slurm_seconds() {
@@ -143,19 +175,24 @@ run_to_its_end() {
     done
 }
 
-# requeue_job: have Slurm start this job again, unless that was decided elsewhere already.
-requeue_job() {
+# may_requeue: whether another start is for this script to decide on; says why not.
+may_requeue() {
     local state
     if [ "$REQUEUE" = no ]; then
         say "not requeued: REQUEUE=no"
-        return
+        return 1
     fi
     # A cancelled job must stay cancelled, and one that Slurm requeues is no longer running.
     state="$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" || state=unknown
     if [ "$state" != RUNNING ]; then
         say "left to Slurm: the job is $state"
-        return
+        return 1
     fi
+}
+
+# requeue_job: have Slurm start this job again, unless that was decided elsewhere already.
+requeue_job() {
+    may_requeue || return 0
     say "requeued"
     scontrol requeue "$SLURM_JOB_ID"
 }

@@ -11,6 +11,26 @@ set -uo pipefail
 # signals it handles. Where Slurm signals all processes of a job, torchrun gets SIGTERM too.
 export PET_NODE_RANK="${SLURM_NODEID:-0}" PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 
+# Triton compiles the kernels in every rank at the first step, by default into the home folder, which
+# all nodes may share. Rather on the node, and for this job alone: what was built in one container may
+# not load in another one. Each start begins with none, as a damaged one could be why the last failed.
+cache_folder() {
+    local folder="${TMPDIR:-/tmp}"
+    # A container may lack the TMPDIR of the node.
+    if ! [ -d "$folder" ] || ! [ -w "$folder" ]; then folder=/tmp; fi
+    # With the node's number, as nodes could share it.
+    folder+="/triton-${SLURM_JOB_ID:-$$}-${SLURM_NODEID:-0}"
+    # Code is loaded from there, and others may write to /tmp: only a folder of this user's will do.
+    if [ -O "$folder" ] && ! [ -L "$folder" ]; then rm -rf "$folder"; fi
+    if mkdir -m 700 "$folder" 2>/dev/null; then echo "$folder"; fi
+}
+
+cache=
+if [ -z "${TRITON_CACHE_DIR:-}" ]; then
+    cache="$(cache_folder)"
+    if [ -n "$cache" ]; then export TRITON_CACHE_DIR="$cache"; fi
+fi
+
 workers() {
     grep -l "^PPid:[[:space:]]*$launcher\$" /proc/[0-9]*/status 2>/dev/null | cut -d / -f 3
 }
@@ -30,5 +50,8 @@ while true; do
     warned=
     code=0
     wait "$launcher" || code=$?
-    if [ -z "$warned" ]; then exit "$code"; fi
+    if [ -z "$warned" ]; then
+        if [ -n "$cache" ]; then rm -rf "$cache"; fi
+        exit "$code"
+    fi
 done

@@ -15,6 +15,7 @@ ARGS_FILE="${ARGS_FILE:-}"                   # required: Megatron's arguments; a
 EXTRA_ARGS="${EXTRA_ARGS:-}"                 # more of them, with blanks in quotes; these win
 OPTIMIZER="${OPTIMIZER:-flash_adamw}"        # Megatron's --optimizer
 LOAD="${LOAD:-}"                             # start from this folder while SAVE has no checkpoint
+FIRST_ARGS="${FIRST_ARGS:-}"                 # like EXTRA_ARGS, only while SAVE has no checkpoint
 SAVE_INTERVAL="${SAVE_INTERVAL:-1000}"       # iterations from one checkpoint to the next
 SCRIPT="${SCRIPT:-}"                         # training script; empty: scripts/pretrain_gpt.py
 
@@ -42,9 +43,10 @@ RDZV_HOST="${RDZV_HOST:-}"                   # its address; empty: the first nod
 RDZV_PORT="${RDZV_PORT:-}"                   # its port; empty: one of 20000 to 29999 by job id
 RDZV_SECONDS="${RDZV_SECONDS:-900}"          # how long nodes wait for each other at the start
 
-# Preemption and time limit.
+# Preemption, time limit and crashes.
 WARNING_SECONDS="${WARNING_SECONDS:-300}"    # Slurm warns so long before the limit; fits a save
 REQUEUE="${REQUEUE:-yes}"                    # no: end where this script would requeue the job
+RETRIES="${RETRIES:-3}"                      # requeues in a row of starts that saved nothing new
 
 # Environment of the training processes.
 CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's tensor parallelism
@@ -78,6 +80,7 @@ those in configs/"
         check_number "$name"
     done
     if [ -n "$RDZV_PORT" ]; then check_number RDZV_PORT 1024; fi
+    check_number RETRIES 0
     check_choice DEVICE cuda cpu
     check_choice RDZV_BACKEND c10d static
     check_choice REQUEUE yes no
@@ -91,10 +94,48 @@ those in configs/"
         die "TIME='$TIME': give minutes, hours:minutes:seconds or days-hours"
     ((LIMIT_SECONDS > WARNING_SECONDS)) || die "TIME='$TIME' is not longer than \
 WARNING_SECONDS='$WARNING_SECONDS': the job would be warned as it starts"
+    split_words "$FIRST_ARGS" FIRST_ARGS
+    ONCE_ARGS=("${WORDS[@]}")
     split_words "$EXTRA_ARGS" EXTRA_ARGS
     MORE_ARGS=("${WORDS[@]}")
+    check_arguments
     split_words "$GPU_REQUEST $SBATCH_OPTIONS" SBATCH_OPTIONS
     MORE_OPTIONS=("${WORDS[@]}")
+}
+
+# check_arguments: what each start gets must let it resume from SAVE.
+check_arguments() {
+    local word
+    read_words "$ARGS_FILE"
+    refuse_first_flags "ARGS_FILE='$ARGS_FILE'" "${WORDS[@]}"
+    for word in "${MORE_ARGS[@]}"; do
+        refuse_first_flags EXTRA_ARGS "$word"
+        # One that cannot be read here is the launcher's to read, or to name.
+        if [[ "$word" == @* && -f "${word#@}" && -r "${word#@}" ]]; then
+            read_words "${word#@}"
+            refuse_first_flags "EXTRA_ARGS: $word" "${WORDS[@]}"
+        fi
+    done
+}
+
+# refuse_first_flags SOURCE WORD...: the flags that begin a training from another one's checkpoint.
+# With --load SAVE they would throw away what was trained since: iteration, optimizer, data.
+refuse_first_flags() {
+    local source="$1" word
+    shift
+    for word in "$@"; do
+        case "${word%%=*}" in
+            --finetune | --ckpt-step | --no-load-optim | --no-load-rng | \
+                --load-main-params-from-ckpt | --override-ckpt-iteration | --moe-use-upcycling)
+                die "$source: ${word%%=*} would be repeated by every start, also those that resume \
+from SAVE: give it in FIRST_ARGS, used while SAVE has no checkpoint"
+                ;;
+            --load | --save) # in ARGS_FILE they do no harm: those of this script come later
+                [[ "$source" != EXTRA_ARGS* ]] ||
+                    die "$source: ${word%%=*} would stand instead of this script's: set SAVE and LOAD"
+                ;;
+        esac
+    done
 }
 
 # The iteration of the newest complete checkpoint in SAVE, as Megatron notes it; empty: there is none.
@@ -105,13 +146,16 @@ newest_checkpoint() {
 # make_command FIRST_NODE:PORT ID SECONDS_LEFT: leave in COMMAND what runs on each node, and in
 # STEP the srun that starts it there. No limit: SECONDS_LEFT is empty.
 make_command() {
-    local load="$SAVE" flags=()
+    local load="$SAVE" flags=() once=()
     if [ -n "$(newest_checkpoint)" ]; then
         # Rather an error than training from scratch into a folder that has checkpoints.
         flags+=(--exit-on-missing-checkpoint)
-    elif [ -n "$LOAD" ]; then
-        load="$LOAD"
-        flags+=(--exit-on-missing-checkpoint)
+    else
+        once=("${ONCE_ARGS[@]}")
+        if [ -n "$LOAD" ]; then
+            load="$LOAD"
+            flags+=(--exit-on-missing-checkpoint)
+        fi
     fi
     if [ -n "$3" ]; then
         # Where the warning is lost Megatron exits by itself, in time to save.
@@ -126,7 +170,7 @@ make_command() {
         -m megatron_flashoptim.run --device "$DEVICE" --finished "$FINISHED"
         "$SCRIPT" "@$ARGS_FILE" --optimizer "$OPTIMIZER"
         --save "$SAVE" --save-interval "$SAVE_INTERVAL" --load "$load"
-        --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}"
+        --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}" "${once[@]}"
     )
     container_options "$SAVE" "$ARGS_FILE" ${LOAD:+"$LOAD"}
     STEP=(
@@ -137,10 +181,12 @@ make_command() {
 }
 
 run_job() {
-    local before after left code=0
-    mkdir -p "$SAVE"
+    local before after left written code=0
+    mkdir -p "$SAVE" "$LOGS"
     FINISHED="$SAVE/.finished-$SLURM_JOB_ID"
     rm -f "$FINISHED"
+    TRIES="$LOGS/.retries-$SLURM_JOB_ID"
+    written="$(errors_size)"
     before="$(newest_checkpoint)"
     : "${RDZV_HOST:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
     left="$(slurm_seconds "$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)")" || left=
@@ -152,19 +198,71 @@ run_job() {
     run_to_its_end "${STEP[@]}" "${COMMAND[@]}" || code=$?
     after="$(newest_checkpoint)"
     if [ -e "$FINISHED" ]; then
-        rm -f "$FINISHED"
+        rm -f "$FINISHED" "$TRIES"
         if [ "$code" != 0 ]; then say "exit code $code, after the end of the training"; fi
         say "finished${after:+; the last checkpoint is that of iteration $after}"
         exit
     fi
     say "ended before training did, with exit code $code; saved are ${after:-no} iterations"
-    # What ends without having got any further would do so again.
-    if [ "$after" != "$before" ]; then
+    if (($(iteration "$after") > $(iteration "$before"))); then
         requeue_job
         exit "$code"
     fi
-    say "no checkpoint since this start, so not requeued"
+    retry
     exit "$((code > 0 ? code : 1))"
+}
+
+# iteration CHECKPOINT: a number to compare for what Megatron notes; -1: there is none.
+iteration() {
+    if [[ "$1" =~ ^[0-9]+$ ]]; then
+        echo "$((10#$1))"
+    elif [ -n "$1" ]; then
+        echo 0 # "release": Megatron counts from there
+    else
+        echo -1
+    fi
+}
+
+# retry: requeue the job after a start (before, after, code, written of run_job) that has saved
+# nothing new, as a crash may come before the first save; but not for ever.
+retry() {
+    local from count=0
+    if (($(iteration "$after") < $(iteration "$before"))); then
+        say "not requeued: the newest checkpoint was that of iteration $before, and is now that of \
+iteration ${after:-(none)}"
+        return
+    fi
+    # On a later start the same code is rather a disk's that one node could not read them from.
+    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && { [ "$code" = 2 ] || wrong_arguments "$written"; }; then
+        say "not requeued: exit code 2 says that its arguments are wrong, as they would be again"
+        return
+    fi
+    may_requeue || return 0
+    # Counted from another checkpoint: there was a new one since, so these are not in a row.
+    if read -r from count 2>/dev/null <"$TRIES" && [ "$from" != "$(iteration "$before")" ]; then
+        count=0
+    fi
+    if ((count >= 10#$RETRIES)); then
+        rm -f "$TRIES"
+        say "not requeued: no checkpoint since this start, and RETRIES=$RETRIES"
+    elif echo "$(iteration "$before") $((count + 1))" >"$TRIES"; then
+        say "no checkpoint since this start: try $((count + 1)) of RETRIES=$RETRIES"
+        requeue_job
+    else
+        say "not requeued: cannot count starts without a checkpoint in $TRIES"
+    fi
+}
+
+# errors_size: print how much the job has written to its errors, 0 where that is not a file.
+errors_size() {
+    if [ -f "/proc/$$/fd/2" ]; then stat -Lc %s "/proc/$$/fd/2"; else echo 0; fi
+}
+
+# wrong_arguments SIZE: whether torchrun has reported, after so many bytes of errors, a process with
+# exit code 2, that of argparse; its own is 1 whatever fails.
+wrong_arguments() {
+    [ -f "/proc/$$/fd/2" ] &&
+        grep -aq 'exitcode  *: 2 (pid: ' < <(tail -c "+$(($1 + 1))" "/proc/$$/fd/2")
 }
 
 submit_job() {

@@ -172,7 +172,7 @@ def test_jobs_that_are_cancelled_or_fail_at_once_are_not_started_again(
     fails.wait_for_state("FAILED")
     assert "set up" in fails.text()
     assert "unrecognized arguments: --no-such-flag" in fails.text()
-    assert "no checkpoint since this start, so not requeued" in fails.text()
+    assert "not requeued: exit code 2 says that its arguments are wrong" in fails.text()
     cancelled.wait_for(lambda: not cluster.run("squeue", "--noheader"), 60)
     assert cancelled.state() == "CANCELLED"
     assert len(cancelled.starts()) == 1

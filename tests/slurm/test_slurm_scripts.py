@@ -224,6 +224,8 @@ WRONG = [
     ({"SCRIPT": "/no/such"}, "SCRIPT='/no/such': no such file"),
     ({"LOAD": "/no/such"}, "LOAD='/no/such': no such folder"),
     ({"EXTRA_ARGS": "--x 'y"}, "EXTRA_ARGS: a quote is opened and not closed"),
+    ({"FIRST_ARGS": "--x 'y"}, "FIRST_ARGS: a quote is opened and not closed"),
+    ({"RETRIES": "-1"}, "RETRIES='-1': must be a whole number of at least 0"),
 ]
 
 
