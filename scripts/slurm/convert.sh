@@ -19,7 +19,7 @@ CONVERT_OPTIONS="${CONVERT_OPTIONS:-}"       # more of convert's options, e.g. -
 
 # What it runs on.
 PROCESSES="${PROCESSES:-8}"                  # processes side by side, each on a CPU
-MEMORY="${MEMORY:-16G}"                      # of the node: 1 GB a process, and page cache
+MEMORY="${MEMORY:-}"                         # of the node; empty: 2 GB for each process
 TIME="${TIME:-4:00:00}"                      # limit of one start, in Slurm's notation
 JOB_NAME="${JOB_NAME:-flash-convert}"        # name of the job
 SBATCH_OPTIONS="${SBATCH_OPTIONS:-}"         # more options of sbatch: partition, account, ...
@@ -68,6 +68,7 @@ check() {
     [ -d "$SRC" ] || die "SRC='$SRC': no such folder"
     [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
     check_number PROCESSES
+    : "${MEMORY:=$((2 * PROCESSES))G}" # up to 1.1 GB, and page cache
     check_choice REQUEUE yes no
     check_python
     slurm_seconds "$TIME" >/dev/null ||
