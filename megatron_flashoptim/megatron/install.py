@@ -202,8 +202,6 @@ BINDINGS = (
         _wrap_theoretical_memory,
     ),
 )
-# Looked up by name later; checked here so that install() is the one place that fails.
-LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
 
 
 def bindings() -> tuple[Binding, ...]:
@@ -220,7 +218,7 @@ def install() -> None:
     Raises:
         ImportError: Megatron lacks a name the plugin needs, or is too old; nothing is bound then.
     """
-    versions.check([*((binding.module, binding.path) for binding in BINDINGS), *LOOKED_UP])
+    versions.check(((binding.module, binding.path) for binding in BINDINGS), install=True)
     for binding in bindings():
         binding.apply(binding.owner())
 
