@@ -71,6 +71,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         *(
             f"ChainedOptimizer.{name}"
             for name in (
+                "_synchronize_steps",
                 "count_zeros",
                 "get_grad_norm",
                 "load_state_dict",
