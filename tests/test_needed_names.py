@@ -13,7 +13,7 @@ from megatron_flashoptim.megatron import install, versions
 # Imported by no training run, or looked for where it is used.
 FILES_APART = {
     "checkpoint/offline.py": "megatron-flashoptim convert",
-    "megatron/bridge.py": "looks for Megatron-Bridge's names itself; for Megatron's by its bindings",
+    "megatron/bridge.py": "Megatron-Bridge's recipes, which it looks for itself",
     "megatron/cpu.py": "--device cpu, which runs before Megatron is imported",
     "megatron/memory/nominal.py": "megatron-flashoptim memory",
     "megatron/memory/planned_args.py": "megatron-flashoptim memory",

@@ -46,6 +46,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
         ValueError: an option that cannot be used with gradient release or clipping by bucket.
     """
 
+    chained_optimizers: list[FlashDistributedOptimizer]
+
     def __init__(self, chained_optimizers: list[FlashDistributedOptimizer]) -> None:
         for member in chained_optimizers:
             if not isinstance(member, FlashDistributedOptimizer):
@@ -88,7 +90,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         Raises:
             RuntimeError: with gradient release, the backward pass has not stepped every bucket.
         """
-        self.grad_norms_by_group: dict[str, torch.Tensor] = {}
+        self.grad_norms_by_group: dict[str | None, torch.Tensor] = {}
         if self.release is not None:
             self.release.finish_step()
         if self._early_gather is not None:

@@ -92,7 +92,8 @@ def distributed_optimizer_class(config: Any, stock: type[Any]) -> type[Any]:
     if not is_megatrons:
         return stock
     if config.flash is not None:
-        return _factory().bound_to(config.flash)
+        bound: type[Any] = _factory().bound_to(config.flash)
+        return bound
     flash = selected()
     if flash is not None:
         raise RuntimeError(plain_adam(flash))
