@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from megatron_flashoptim.megatron.install import install, uninstall
     from megatron_flashoptim.optim.config import FlashOptimConfig
 
+# Import Megatron; what they need of it is looked for first, so that a refusal names the release.
+_NEED_MEGATRON = ("FlashDistributedOptimizer", "get_megatron_optimizer")
 _HOME = {
     "FlashDistributedOptimizer": "megatron_flashoptim.megatron.distrib_optimizer",
     "FlashOptimConfig": "megatron_flashoptim.optim.config",
@@ -38,4 +40,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEED_MEGATRON:
+        from megatron_flashoptim.megatron import versions
+
+        versions.check()
     return getattr(importlib.import_module(_HOME[name]), name)

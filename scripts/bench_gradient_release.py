@@ -73,9 +73,12 @@ class Trained(bench_gpt.TrainedGPT):
         recompute = dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
+        flash = FlashOptimConfig()
+        if mode == "on":
+            flash = FlashOptimConfig(gradient_release=True, release_slots=options.slots)
         super().__init__(
             options,
-            FlashOptimConfig(gradient_release=mode == "on", release_slots=options.slots),
+            flash,
             fp32_gradients=options.fp32_gradients,
             clip_grad=0.0,
             tied=options.tied,

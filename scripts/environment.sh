@@ -8,7 +8,8 @@
 # A second call installs nothing while the requirement files and pyproject.toml are unchanged.
 # Reads these variables:
 #
-#   PYTHON  interpreter to make the environment with, 3.12 or 3.13 (default: the first one found)
+#   PYTHON  interpreter to make the environment with, 3.12, or 3.13, which is not tested
+#           (default: the first one found, 3.12 before 3.13)
 #   VENV    folder of the environment (default: .venv in the repository)
 # shellcheck shell=bash
 

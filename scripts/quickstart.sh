@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The first command after git clone: installs the project into .venv, trains a small GPT once
 # with Adam and once with flash_adamw, resumes flash_adamw from its checkpoint, and compares them
-# in a table and a picture. Needs Python 3.12 or 3.13; no GPU. Run it again to see the results again.
+# in a table and a picture. Needs Python 3.12 (3.13 is allowed and not tested); no GPU. Run it again
+# to see the results again.
 #
 #   scripts/quickstart.sh            2 to 5 minutes of installing, 3 of training
 #   scripts/quickstart.sh --help     options

@@ -19,8 +19,11 @@ to NaN, so that a poisoned moment is never mistaken for a number. A group whose 
 all below 2^-100 gets scale 0 and codes 0, as does one of zeros.
 
 The group functions take ``(groups, 32)`` tensors; the public ones take flat tensors of any
-length, whose last group may be partial. Plain PyTorch, every operation in fp32 with one
-rounding, so that the Triton twins can agree bit for bit.
+length, whose last group may be partial. Plain PyTorch with the bits of the Triton twins: every
+operation is in fp32 and rounded once, but for products that become codes. Those are exact in fp64,
+as they are within a fused multiply-add. The first moment's is rounded to the code at once. The
+second moment's is rounded twice: to nearest even in steps of 2^-15 of a code, and from there, in
+integers, half up or by the draw.
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 class FlashChainedOptimizer(ChainedOptimizer):
     """A chain whose members are checked to be flash optimizers.
 
+    A member is a stub, without state and parameters, where no rank trains any parameter of its
+    kind: dense ones, or with ``--overlap-param-gather-with-optimizer-step`` those of some model
+    chunks. Megatron gives all ranks the param groups of each, so that a member is a stub on all
+    ranks or on none, and what the others agree on is a collective of all ranks.
+
     Args:
         chained_optimizers: the members of the chain Megatron built.
 
@@ -40,6 +45,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
             silently use plain Adam.
         ValueError: an option that cannot be used with gradient release or clipping by bucket.
     """
+
+    chained_optimizers: list[FlashDistributedOptimizer]
 
     def __init__(self, chained_optimizers: list[FlashDistributedOptimizer]) -> None:
         for member in chained_optimizers:
@@ -83,7 +90,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
         Raises:
             RuntimeError: with gradient release, the backward pass has not stepped every bucket.
         """
-        self.grad_norms_by_group: dict[str, torch.Tensor] = {}
+        self.grad_norms_by_group: dict[str | None, torch.Tensor] = {}
         if self.release is not None:
             self.release.finish_step()
         if self._early_gather is not None:
@@ -218,7 +225,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
             return self._stock_state_dict(content or {}, model_sharded_state_dict)
         metadata.check_sharding_type(content)
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        if is_loading and content is not None:  # the same on all ranks, also those of stubs
+        if is_loading and content is not None:  # the same on all ranks
             self._loads_quantized = metadata.QUANTIZED_WEIGHTS in content[metadata.KEY] or any(
                 chunk.ddp_config.fp8_param_gather for chunk in self.model_chunks
             )
@@ -237,6 +244,18 @@ class FlashChainedOptimizer(ChainedOptimizer):
         return _merged(
             [m.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs) for m in members]
         )
+
+    def _synchronize_steps(self) -> Any:
+        """Align the step counts of all param groups, as Megatron does, but for stubs.
+
+        Megatron would look for those of a stub, which has none (seen in 0.17.1 to 0.19.2).
+        """
+        members = self.chained_optimizers
+        self.chained_optimizers = [m for m in members if not m.is_stub_optimizer]
+        try:
+            return super()._synchronize_steps()
+        finally:
+            self.chained_optimizers = members
 
     def state_dict(self) -> Any:
         """Return the members' state dicts, as Megatron does.

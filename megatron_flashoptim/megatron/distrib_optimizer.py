@@ -65,6 +65,7 @@ class FlashDistributedOptimizer(FlashCheckpointing, QuantizedWeights, Distribute
         init_state_fn: Callable[..., None] | None,
         model_chunks: list[Any],
         per_model_buffers: dict[int, list[Any]],
+        data_parallel_group: torch.distributed.ProcessGroup,
         *args: Any,
         flash: FlashOptimConfig | None = None,
         **kwargs: Any,
@@ -80,9 +81,12 @@ class FlashDistributedOptimizer(FlashCheckpointing, QuantizedWeights, Distribute
             _no_state_to_init,
             model_chunks,
             per_model_buffers,
+            data_parallel_group,
             *args,
             **kwargs,
         )
+        # A stub lacks it, and is asked for it when a chain saves in the legacy format.
+        self.data_parallel_group = data_parallel_group
         self.shard_params: list[ShardParam] = []
         self.shard_buckets: list[Any] = []
         self._clip_handles: list[torch.nn.Parameter] = []

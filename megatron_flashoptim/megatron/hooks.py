@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
-from megatron_flashoptim.megatron import arguments
+from megatron_flashoptim.megatron import arguments, versions
 from megatron_flashoptim.megatron.arguments import config_from_args
 from megatron_flashoptim.megatron.params_norm import norms_for_main_params
 from megatron_flashoptim.optim.config import FlashOptimConfig
@@ -92,9 +92,8 @@ def distributed_optimizer_class(config: Any, stock: type[Any]) -> type[Any]:
     if not is_megatrons:
         return stock
     if config.flash is not None:
-        from megatron_flashoptim.megatron import factory
-
-        return factory.bound_to(config.flash)
+        bound: type[Any] = _factory().bound_to(config.flash)
+        return bound
     flash = selected()
     if flash is not None:
         raise RuntimeError(plain_adam(flash))
@@ -107,9 +106,15 @@ def chained_optimizer(optimizers: list[Any]) -> Any:
     Raises:
         RuntimeError: a member is something else than a flash optimizer.
     """
+    return _factory().chain(optimizers)
+
+
+def _factory() -> Any:
+    """Return the module that builds optimizers; what it imports is looked for first."""
+    versions.check()
     from megatron_flashoptim.megatron import factory
 
-    return factory.chain(optimizers)
+    return factory
 
 
 def before_load(sharded_state_dict: Any, checkpoint_dir: str) -> None:

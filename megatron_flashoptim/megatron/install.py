@@ -20,6 +20,7 @@ flash optimizers is built.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,11 @@ from typing import Any
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.hooks import plain_adam, selected
 
-_MARK = "_megatron_flashoptim_binding"
+logger = logging.getLogger(__name__)
+
+# What we have bound, by module and path. By identity: functools.wraps gives the attributes of our
+# wrapper to whoever wraps it.
+_bound: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,47 @@ class Binding:
         return self.path.split(".")[-1]
 
     def apply(self, owner: Any) -> None:
-        """Bind the wrapper, once."""
+        """Bind the wrapper, once, also where somebody has wrapped it since."""
         original = getattr(owner, self.attribute)
-        if hasattr(original, _MARK):
+        ours = _bound.get((self.module, self.path))
+        if ours is not None and original is not _original(ours):
             return
         # The attributes of a class are no attributes of the function that stands in for it.
         updated = () if isinstance(original, type) else functools.WRAPPER_UPDATES
         wrapper = functools.wraps(original, updated=updated)(self.wrap(original))
-        setattr(wrapper, _MARK, True)
         setattr(owner, self.attribute, staticmethod(wrapper) if self.static else wrapper)
+        _bound[self.module, self.path] = wrapper
 
     def undo(self, owner: Any) -> None:
-        """Bind the original again, if ours is bound."""
+        """Bind the original again, if ours is bound; leave what somebody bound on top of it."""
+        ours = _bound.get((self.module, self.path))
+        if ours is None:
+            return
         bound = getattr(owner, self.attribute)
-        if hasattr(bound, _MARK):
-            original = bound.__wrapped__
-            setattr(owner, self.attribute, staticmethod(original) if self.static else original)
+        original = _original(ours)
+        if bound is not ours and bound is not original:
+            logger.warning(
+                "uninstall() leaves %s.%s as it is, since %s was bound on top of "
+                "megatron-flashoptim's; undo that, and call uninstall() again",
+                self.module,
+                self.path,
+                _described(bound),
+            )
+            return
+        setattr(owner, self.attribute, staticmethod(original) if self.static else original)
+        del _bound[self.module, self.path]
+
+
+def _original(wrapper: Any) -> Any:
+    return wrapper.__wrapped__
+
+
+def _described(bound: Any) -> str:
+    """Return which code an object runs; functools.wraps gives a wrapper the name of another."""
+    code = getattr(bound, "__code__", None)
+    if code is None:
+        return repr(bound)
+    return f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _wrap_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,8 +254,6 @@ BINDINGS = (
         _wrap_theoretical_memory,
     ),
 )
-# Looked up by name later; checked here so that install() is the one place that fails.
-LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
 
 
 def bindings() -> tuple[Binding, ...]:
@@ -242,12 +270,15 @@ def install() -> None:
     Raises:
         ImportError: Megatron lacks a name the plugin needs, or is too old; nothing is bound then.
     """
-    versions.check([*((binding.module, binding.path) for binding in BINDINGS), *LOOKED_UP])
+    versions.check(((binding.module, binding.path) for binding in BINDINGS), install=True)
     for binding in bindings():
         binding.apply(binding.owner())
 
 
 def uninstall() -> None:
-    """Undo ``install()``; does nothing where it was not called."""
+    """Undo ``install()``; does nothing where it was not called.
+
+    What somebody has bound on top of ours stays, and ours in it, with a warning.
+    """
     for binding in bindings():
         binding.undo(binding.owner())

@@ -29,10 +29,16 @@ _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _BUFFERS = "megatron.core.distributed.distributed_data_parallel"
 
-# What optimizers are built from, in training and without megatron.training. Methods that we
-# override are here too: one that Megatron no longer calls by this name would be ignored silently.
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "megatron.core.optimizer": ("DistributedOptimizer", "get_megatron_optimizer"),
+# What optimizers are built from, in training and without megatron.training: whatever is imported
+# from Megatron or overridden. A method that Megatron no longer calls by this name would be ignored
+# silently. tests/test_needed_names.py compares with the sources.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "megatron.core.optimizer": (
+        "DistributedOptimizer",
+        "OptimizerConfig",
+        "get_megatron_optimizer",
+    ),
+    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
     _DISTRIBUTED_OPTIMIZER: tuple(
         f"DistributedOptimizer.{name}"
         for name in (
@@ -65,6 +71,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
         *(
             f"ChainedOptimizer.{name}"
             for name in (
+                "_synchronize_steps",
                 "count_zeros",
                 "get_grad_norm",
                 "load_state_dict",
@@ -78,9 +85,43 @@ _NEEDED: dict[str, tuple[str, ...]] = {
         ),
         "param_group_identifier_keys",
     ),
-    "megatron.core.tensor_parallel": ("param_is_not_tensor_parallel_duplicate",),
-    "megatron.core.transformer.module": ("param_is_not_shared",),
     "megatron.core.dist_checkpointing": ("ShardedTensor", "load"),
+    "megatron.core.dist_checkpointing.core": ("maybe_load_config",),
+    "megatron.core.dist_checkpointing.dict_utils": ("nested_values",),
+    "megatron.core.dist_checkpointing.mapping": (
+        "LocalNonpersistentObject",
+        "ShardedObject",
+        "ShardedTensorFactory",
+    ),
+    "megatron.core.dist_checkpointing.serialization": ("load_common_state_dict",),
+    "megatron.core.dist_checkpointing.strategies.common": ("COMMON_STATE_FNAME",),
+    "megatron.core.dist_checkpointing.utils": ("extract_sharded_tensors_and_factories",),
+    "megatron.core.fp8_utils": ("dequantize_fp8_tensor",),
+    "megatron.core.num_microbatches_calculator": (
+        "_GLOBAL_NUM_MICROBATCHES_CALCULATOR",
+        "get_num_microbatches",
+    ),
+    "megatron.core.parallel_state": (
+        "get_expert_tensor_parallel_group",
+        "get_tensor_model_parallel_group",
+    ),
+    "megatron.core.rerun_state_machine": (
+        "RerunMode",
+        "_GLOBAL_RERUN_STATE_MACHINE",
+        "get_rerun_state_machine",
+    ),
+    "megatron.core.tensor_parallel": (
+        "copy_tensor_model_parallel_attributes",
+        "param_is_not_tensor_parallel_duplicate",
+    ),
+    "megatron.core.transformer.module": ("param_is_not_shared",),
+    "megatron.core.utils": ("log_single_rank",),
+}
+# What install() and the launcher take beside that and beside what they bind.
+NEEDED_BY_INSTALL: dict[str, tuple[str, ...]] = {
+    "megatron.core.datasets.utils": ("compile_helpers",),
+    "megatron.training.global_vars": ("_GLOBAL_ARGS",),
+    "megatron.training.training": ("report_theoretical_memory",),
 }
 
 
@@ -154,11 +195,12 @@ def is_patched() -> bool:
     return all(has(module, path) for module, path in _PATCHED)
 
 
-def check(needed: Iterable[tuple[str, str]] = ()) -> None:
+def check(needed: Iterable[tuple[str, str]] = (), *, install: bool = False) -> None:
     """Refuse a release that lacks a name or is too old; warn, once, of one that is not tested.
 
     Args:
         needed: modules and paths to look for beside those every optimizer needs.
+        install: look for what ``install()`` needs of ``megatron.training`` too.
 
     Raises:
         ImportError: names the version of megatron-core and what is wrong with it.
@@ -170,7 +212,7 @@ def check(needed: Iterable[tuple[str, str]] = ()) -> None:
             f"megatron-core {installed} is older than megatron-flashoptim supports; install "
             f"{'.'.join(map(str, _series(TESTED[0])))} or newer (tested: {', '.join(TESTED)})"
         )
-    for module, paths in _NEEDED.items():
+    for module, paths in (*NEEDED.items(), *(NEEDED_BY_INSTALL.items() if install else ())):
         for path in paths:
             find(module, path)
     find(*layout_name())
@@ -318,11 +360,11 @@ def counts_on_this_rank(param: Any, tp_group: Any, expert_tp_group: Any) -> bool
         expert_tp_group: the same for expert parameters.
     """
     tensor_parallel = importlib.import_module("megatron.core.tensor_parallel")
-    module = importlib.import_module("megatron.core.transformer.module")
+    modules = importlib.import_module("megatron.core.transformer.module")
     not_duplicate = tensor_parallel.param_is_not_tensor_parallel_duplicate
     groups = {"tp_group": tp_group, "expert_tp_group": expert_tp_group}
     known = _parameters(not_duplicate)
-    if not module.param_is_not_shared(param) or not not_duplicate(
+    if not modules.param_is_not_shared(param) or not not_duplicate(
         param, **{name: group for name, group in groups.items() if name in known}
     ):
         return False

@@ -16,6 +16,7 @@ RoundingPolicy = Literal["auto", "nearest", "stochastic"]
 _HALF_ULP_OF_SCALE = 2.0**-8
 
 _OF_EXP_AVG_SQ = ("exp_avg_sq_code", "rounding")
+_OF_GRADIENT_RELEASE = ("release_slots", "accept_partial_step")
 # Fields of a rule's own, and what to do.
 _OF_ONE_RULE = {"sgd_nesterov": "use --optimizer flash_sgd, or drop the flag"}
 
@@ -86,10 +87,12 @@ class FlashOptimConfig:
                 f"--flash-bucket-clip-grad must be a norm above 0, or 0 for none; got "
                 f"{self.bucket_clip_grad}"
             )
-        if self.accept_partial_step and not self.gradient_release:
-            raise ValueError(
-                "--flash-accept-partial-step is for --flash-gradient-release, which is not given"
-            )
+        for name in _OF_GRADIENT_RELEASE:
+            if name in changed and not self.gradient_release:
+                raise ValueError(
+                    f"--flash-{name.replace('_', '-')} is for --flash-gradient-release, which is "
+                    "not given; add it, or drop the flag"
+                )
         if self.master_bits == 16 and self.master_rounding != "stochastic":
             raise ValueError(
                 "--flash-master-bits 16 keeps no correction, so that updates below half a bf16 "

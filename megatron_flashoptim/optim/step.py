@@ -91,7 +91,8 @@ def launch_step_kernel_(
     options = (exp_avg_sq_rounding, master_rounding, geometry)
     made_for, launch = shard.launches.get(options, (None, None))
     if launch is None or any(was is not now for was, now in zip(made_for, tensors, strict=True)):
-        # Imported here so that a machine without Triton can use the reference.
+        # As the rules, only when it is used: Triton decides how its functions run, compiled or
+        # interpreted, when they are imported.
         from megatron_flashoptim.kernels.step import FusedStep
 
         launch = FusedStep(

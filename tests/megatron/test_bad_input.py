@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_state import assert_same_state
 from ranks import run_ranks
 
 
@@ -153,7 +155,7 @@ def _frozen_everything(model: Any) -> None:
 
 
 def _stage_frozen(**options: Any) -> tuple[bool, str, int]:
-    """Freeze one pipeline stage whole: its optimizer is Megatron's stub."""
+    """Freeze one pipeline stage whole: its optimizer has the other stage's groups, all empty."""
     import tiny_gpt
     from megatron.core import parallel_state
 
@@ -161,6 +163,7 @@ def _stage_frozen(**options: Any) -> tuple[bool, str, int]:
     last = parallel_state.is_pipeline_last_stage()
     prepare = _frozen_everything if last else None
     trainer = tiny_gpt.build(tiny_gpt.Setup(prepare_model=prepare, pp=2, tied=False, **options))
+    assert not trainer.optimizer.is_stub_optimizer
     return last, trainer.optimizer.describe(), trainer.optimizer.owned_parameters()
 
 
@@ -168,6 +171,50 @@ def test_stage_without_trainable_parameters_is_built() -> None:
     for last, line, owned in run_ranks(2, _stage_frozen):
         assert (owned == 0) == last
         assert ("no trainable parameters" in line) == last
+
+
+def _freeze_all_but_experts(model: Any) -> None:
+    for param in model.parameters():
+        param.requires_grad = not getattr(param, "allreduce", True)
+
+
+def _stub(folder: Path) -> dict[str, Any]:
+    """Train experts alone, save and go on; go on from each checkpoint too."""
+    import checkpoints
+    import tiny_gpt
+
+    setup = tiny_gpt.Setup(
+        prepare_model=_freeze_all_but_experts, layers=1, ep=2, experts=2, tied=False
+    )
+    trainer = tiny_gpt.build(setup)
+    trainer.train(1)
+    formats = [checkpoints.DP_RESHARDABLE, checkpoints.FULLY_RESHARDABLE, checkpoints.LEGACY]
+    for name in formats:
+        (folder / name).mkdir(exist_ok=True)
+        torch.distributed.barrier()
+        checkpoints.save(trainer, folder / name, name)
+    found: dict[str, Any] = {
+        "stubs": [member.is_stub_optimizer for member in trainer.optimizer.chained_optimizers],
+        "losses": trainer.train(2),
+        "state": checkpoints.everything(trainer),
+    }
+    for name in formats:
+        resumed = tiny_gpt.build(setup)
+        checkpoints.load(resumed, folder / name)
+        found[name] = {"losses": resumed.train(2), "state": checkpoints.everything(resumed)}
+    return found
+
+
+def test_stub_beside_trained_experts_saves_and_resumes(tmp_path: Path) -> None:
+    """A member is Megatron's stub where no rank trains any of its parameters, so on all ranks."""
+    for rank in run_ranks(2, _stub, tmp_path):
+        assert rank.pop("stubs") == [True, False]
+        losses, state = rank.pop("losses"), rank.pop("state")
+        assert state["state"] and losses[1] < losses[0]
+        assert len(rank) == 3
+        for name, resumed in rank.items():
+            assert resumed["losses"] == losses, name
+            assert_same_state(resumed["state"], state)
 
 
 def _groups_without_parameters() -> list[tuple[int, int]]:

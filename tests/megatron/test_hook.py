@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
+import logging
 import sys
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from ranks import run_ranks
 
 import megatron_flashoptim
+from megatron_flashoptim.megatron.versions import installed_version
 
 pytestmark = pytest.mark.smoke
 
@@ -188,6 +191,53 @@ def test_install_is_idempotent_and_undoable() -> None:
     run_ranks(1, _install_and_undo)
 
 
+def _uninstall_below_anothers_wrapper(has_wraps: bool) -> dict[str, Any]:
+    """Somebody wraps what install() has bound, with or without functools.wraps."""
+    from megatron.training import training
+
+    from megatron_flashoptim.megatron import install as module
+
+    logging.disable(logging.NOTSET)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    module.logger.addHandler(handler)
+
+    original = training.calc_params_l2_norm
+    megatron_flashoptim.install()
+    ours = training.calc_params_l2_norm
+
+    def somebody_elses(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    theirs = functools.wraps(ours)(somebody_elses) if has_wraps else somebody_elses
+    training.calc_params_l2_norm = theirs
+    megatron_flashoptim.uninstall()
+    left = training.calc_params_l2_norm is theirs
+    others_undone = not any(hasattr(bound, "__wrapped__") for bound in _bound()[:-1])
+    megatron_flashoptim.install()
+    bound_again = training.calc_params_l2_norm is not theirs
+    training.calc_params_l2_norm = ours  # they undo theirs
+    megatron_flashoptim.uninstall()
+    return {
+        "left": left,
+        "others_undone": others_undone,
+        "bound_again": bound_again,
+        "undone_later": training.calc_params_l2_norm is original,
+        "messages": [record.getMessage() for record in records],
+    }
+
+
+@pytest.mark.parametrize("has_wraps", [True, False])
+def test_uninstall_leaves_a_wrapper_on_top_of_ours_and_says_so(has_wraps: bool) -> None:
+    (found,) = run_ranks(1, _uninstall_below_anothers_wrapper, has_wraps)
+    assert found["left"] and found["others_undone"] and not found["bound_again"], found
+    assert found["undone_later"]
+    (message,) = found["messages"]
+    assert "megatron.training.training.calc_params_l2_norm" in message
+    assert "somebody_elses" in message and "test_hook.py" in message
+
+
 def _install_without(module_name: str, name: str) -> tuple[str, bool]:
     import importlib
 
@@ -219,7 +269,7 @@ def _install_without(module_name: str, name: str) -> tuple[str, bool]:
 def test_missing_symbol_is_named_with_the_installed_version(module: str, name: str) -> None:
     ((message, bound),) = run_ranks(1, _install_without, module, name)
     assert f"{module}.{name}" in message
-    assert f"megatron-core {__import__('importlib.metadata').metadata.version('megatron-core')}"
+    assert f"megatron-core {installed_version()}" in message
     assert not bound, "nothing may be bound when a name is missing"
 
 

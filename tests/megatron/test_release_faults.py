@@ -397,7 +397,10 @@ REFUSED_ALONE: dict[str, tuple[str, ...]] = {
         "--clip-grad above 0",
         "--rerun-mode other than disabled",
     ),
-    "--flash-accept-partial-step": ("--flash-gradient-release, which is not given",),
+    "--flash-accept-partial-step": ("partial-step is for --flash-gradient-release, which is not",),
+    "--flash-release-slots 4": (
+        "release-slots is for --flash-gradient-release, which is not given",
+    ),
     "--flash-bucket-clip-grad 1": ("--flash-bucket-clip-grad cannot be used", "--clip-grad above"),
     "--flash-bucket-clip-grad 1 --clip-grad 0 --pipeline-model-parallel-size 2": ("-size above 1",),
 }

@@ -86,7 +86,7 @@ def test_older_release_is_refused_without_install_too() -> None:
 def _each_needed_name_missing() -> list[tuple[str, str]]:
     _pretend("0.20.0")
     messages = []
-    for module, paths in versions._NEEDED.items():
+    for module, paths in versions.NEEDED.items():
         for path in paths:
             owner = versions.find(module, path)
             name = path.rpartition(".")[2]
@@ -128,7 +128,7 @@ def test_every_overridden_method_of_megatron_is_looked_for() -> None:
     from megatron_flashoptim.megatron.checkpointing import FlashCheckpointing
     from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 
-    needed = {path for paths in versions._NEEDED.values() for path in paths}
+    needed = {path for paths in versions.NEEDED.values() for path in paths}
     # Differ between releases; versions.py gives them the name of the release.
     differ = {"compute_full_param_layout", "_get_grad_norm_for_group", "_step"}
     differ |= {*versions._OLDER_NAMES, *versions._OLDER_NAMES.values()}
@@ -187,3 +187,33 @@ def _layout_binding_as_of_newer() -> tuple[str, ...]:
 def test_a_release_whose_layout_is_not_known_is_refused() -> None:
     ((message,),) = run_ranks(1, _layout_binding_as_of_newer)
     assert "_ParamAndGradBuffer" in message and "0.20.0" in message
+
+
+def _direct_import_without(module: str, name: str) -> list[str]:
+    """As in a fresh process, where nothing of this package has imported Megatron yet."""
+    import importlib
+    import sys
+
+    delattr(importlib.import_module(module), name)
+    for imported in [m for m in sys.modules if m.startswith("megatron_flashoptim.megatron.")]:
+        if not imported.endswith((".versions", ".cpu")):
+            del sys.modules[imported]
+            vars(megatron_flashoptim.megatron).pop(imported.rpartition(".")[2], None)
+    messages = []
+    for take in (
+        lambda: megatron_flashoptim.get_megatron_optimizer,
+        lambda: megatron_flashoptim.FlashDistributedOptimizer,
+        lambda: importlib.import_module("megatron_flashoptim.megatron.hooks").chained_optimizer([]),
+    ):
+        try:
+            take()
+        except ImportError as problem:
+            messages.append(str(problem))
+    return messages
+
+
+def test_a_missing_name_is_named_without_install_too() -> None:
+    module, name = "megatron.core.dist_checkpointing.mapping", "LocalNonpersistentObject"
+    (messages,) = run_ranks(1, _direct_import_without, module, name)
+    assert len(messages) == 3
+    assert all(f"megatron-flashoptim needs {module}.{name}" in message for message in messages)
