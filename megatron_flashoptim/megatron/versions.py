@@ -13,6 +13,7 @@ import importlib
 import inspect
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -226,6 +227,9 @@ def _warn_if_newer(installed: str) -> None:
     number = _number(installed)
     tested = {_series(release): _number(release) for release in TESTED}
     if number <= tested.get(_series(installed), ()):
+        return
+    # Before there are process groups; torchrun sets it.
+    if os.environ.get("RANK", "0") != "0":
         return
     logger.warning(
         "megatron-core %s is newer than the releases megatron-flashoptim is tested with (%s). "

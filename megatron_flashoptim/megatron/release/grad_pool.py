@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.core.utils import log_single_rank
+
 from megatron_flashoptim.megatron.release.address_range import AddressRange, Memory
 
 logger = logging.getLogger(__name__)
@@ -117,11 +119,11 @@ class GradPool:
             return min(closed, key=lambda slot: slot.closed)
         self.slots.append(Slot())
         if len(self.slots) > self._wanted:
-            logger.warning(
-                "%d gradient buckets are open at the same time, more than the %d of "
-                "--flash-release-slots: the pool grows",
-                len(self.slots),
-                self._wanted,
+            log_single_rank(
+                logger,
+                logging.WARNING,
+                f"{len(self.slots)} gradient buckets are open at the same time, more than the "
+                f"{self._wanted} of --flash-release-slots: the pool grows",
             )
         return self.slots[-1]
 

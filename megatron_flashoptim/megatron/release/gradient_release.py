@@ -170,7 +170,8 @@ class GradientRelease:
             problem = self.partial_step()
             if not self._accepts_partial_step:
                 raise RuntimeError(f"{problem} {_WHAT_TO_DO}")
-            logger.warning("%s Training goes on, as --flash-accept-partial-step says.", problem)
+            going_on = f"{problem} Training goes on, as --flash-accept-partial-step says."
+            log_single_rank(logger, logging.WARNING, going_on)
             self._step_all_reduced()
             torch.cuda.synchronize()
             self._stepping = False
