@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.core.utils import log_single_rank
-
 from megatron_flashoptim.megatron.release.address_range import AddressRange, Memory
 
 logger = logging.getLogger(__name__)
@@ -67,14 +65,18 @@ class GradPool:
         memory: where chunks come from.
         slots: how many slots to make before one is used again. If more regions are open at the
             same time, the pool grows, and says so.
+        warn: what it says so by.
 
     Attributes:
         memory: where chunks come from.
         slots: the slots made so far.
     """
 
-    def __init__(self, memory: Memory, slots: int) -> None:
+    def __init__(
+        self, memory: Memory, slots: int, warn: Callable[[str], None] = logger.warning
+    ) -> None:
         self.memory = memory
+        self._warn = warn
         self.slots: list[Slot] = []
         self._wanted = slots
         self._closed = 0
@@ -119,11 +121,9 @@ class GradPool:
             return min(closed, key=lambda slot: slot.closed)
         self.slots.append(Slot())
         if len(self.slots) > self._wanted:
-            log_single_rank(
-                logger,
-                logging.WARNING,
+            self._warn(
                 f"{len(self.slots)} gradient buckets are open at the same time, more than the "
-                f"{self._wanted} of --flash-release-slots: the pool grows",
+                f"{self._wanted} of --flash-release-slots: the pool grows"
             )
         return self.slots[-1]
 

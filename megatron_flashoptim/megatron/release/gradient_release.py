@@ -99,7 +99,9 @@ class GradientRelease:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
         # Of the backward pass, for a wait that follows at once; to make one each time takes longer.
         self._passed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
-        self.pool = GradPool(memory_of(self._device), flash.release_slots)
+        # Buckets come in the same order on all ranks.
+        warn = functools.partial(log_single_rank, logger, logging.WARNING)
+        self.pool = GradPool(memory_of(self._device), flash.release_slots, warn)
         # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
         self._puts_off = self._device.type != "cuda"
         self._reduced: list[BucketGroup] = []
