@@ -203,7 +203,11 @@ BINDINGS = (
     ),
 )
 # Looked up by name later; checked here so that install() is the one place that fails.
-LOOKED_UP = (("megatron.training.training", "report_theoretical_memory"),)
+LOOKED_UP = (
+    ("megatron.training.training", "report_theoretical_memory"),
+    ("megatron.training.checkpointing", "_build_sharded_state_dict_metadata"),
+    ("megatron.training.checkpointing", "generate_state_dict"),
+)
 
 
 def bindings() -> tuple[Binding, ...]:
