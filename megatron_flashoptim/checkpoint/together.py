@@ -35,9 +35,7 @@ def on_all_ranks[T](action: Callable[[], T]) -> T:
         result = action()
     except Exception as found:
         problem = found
-    # Of objects, since only torch knows on which device a backend wants its tensors.
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, problem is not None)
+    everyone = gathered(problem is not None)
     failed = [rank for rank, has_failed in enumerate(everyone) if has_failed]
     if not failed:
         return result
@@ -47,6 +45,18 @@ def on_all_ranks[T](action: Callable[[], T]) -> T:
     if len(failed) < len(everyone):
         text += f" (on rank {failed[0]}; {len(failed)} of {len(everyone)} ranks have a problem)"
     raise _KEPT[kind](text) from problem
+
+
+def gathered[T](own: T) -> list[T]:
+    """Return what each rank gave, by rank; a collective of all ranks.
+
+    Args:
+        own: something small, which each rank gets from all.
+    """
+    # Objects, since only torch knows on which device a backend wants its tensors.
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
 
 
 def _kind_and_text(problem: Exception) -> tuple[str, str]:

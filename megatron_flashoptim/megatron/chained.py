@@ -16,7 +16,7 @@ from megatron.core.utils import log_single_rank
 from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
-from megatron_flashoptim.checkpoint.together import on_all_ranks
+from megatron_flashoptim.checkpoint.together import gathered, on_all_ranks
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.bucket_clipping import BucketClipping
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
@@ -51,7 +51,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     "megatron-core builds optimizers in a way megatron-flashoptim does not know"
                 )
         super().__init__(chained_optimizers)
-        self._agreed: dict[str, Any] | None = None
+        # By sharding type, what all ranks together know of what is to be saved.
+        self._agreed: dict[str, dict[str, Any]] = {}
         # Whether weights are to be made of the high parts that a checkpoint has beside them.
         self._loads_quantized = False
         members = [member for member in chained_optimizers if not member.is_stub_optimizer]
@@ -232,9 +233,16 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 weights have several dtypes; on all ranks.
         """
         members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
-        in_model_space = (content or {}).get(metadata.SHARDING_TYPE) == metadata.FULLY_RESHARDABLE
-        if self._agreed is None and members and in_model_space:
-            self._agreed = self._agree(members, model_sharded_state_dict)
+        sharding_type = (content or {}).get(metadata.SHARDING_TYPE)
+        if not members or sharding_type in self._agreed:
+            return
+        if sharding_type == metadata.FULLY_RESHARDABLE:
+            self._agreed[sharding_type] = self._agree(members, model_sharded_state_dict)
+        elif sharding_type == metadata.DP_RESHARDABLE:
+            local = on_all_ranks(
+                lambda: metadata.bucket_digests([member.bucket_space() for member in members])
+            )
+            self._agreed[sharding_type] = metadata.describe_bucket_groups(gathered(local))
 
     def _sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool, **kwargs: Any
@@ -346,10 +354,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 weights; on all ranks, whichever found it.
         """
         local = on_all_ranks(lambda: self._convert_stock(state_dict))
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, local)
         report = Report()
-        for rank in everyone:
+        for rank in gathered(local):
             report.add(rank)
         report.check()
         # Shown at Megatron's default level: this happens once, and is not without loss.
@@ -388,11 +394,11 @@ class FlashChainedOptimizer(ChainedOptimizer):
     ) -> dict[str, Any]:
         """Return the description of the state to save, the same on all ranks but for buckets."""
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
+        described |= self._agreed[content[metadata.SHARDING_TYPE]]
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
             spaces = [member.bucket_space() for member in members]
-            return described | metadata.describe_buckets(spaces, described["weights"])
-        assert self._agreed is not None  # since check_can_be_saved
-        return described | self._agreed
+            described |= metadata.describe_buckets(spaces, described["weights"])
+        return described
 
     def _agree(
         self, members: list[FlashDistributedOptimizer], model_sharded_state_dict: Any
@@ -409,9 +415,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
             return local
 
         local = on_all_ranks(of_this_rank)
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, local)
-        described = [member for rank in gathered for member in rank]
+        described = [member for rank in gathered(local) for member in rank]
         broken, quantized, covered, dtypes_of_keys = zip(*described, strict=True)
         metadata.check_covered(covered)
         fp32 = metadata.fp32_keys(set().union(*dtypes_of_keys))
@@ -459,23 +463,14 @@ class FlashChainedOptimizer(ChainedOptimizer):
     @staticmethod
     def _describe_masters(members: list[FlashDistributedOptimizer], owned: int) -> str:
         flash = members[0].flash
-        fp32 = sum(
-            item.end - item.start
-            for member in members
-            for item in member.shard_params
-            if item.param.dtype == torch.float32
-        )
+        items = [(m.optimizer.shards[item.shard], item) for m in members for item in m.shard_params]
+        fp32 = sum(i.end - i.start for _, i in items if i.param.dtype == torch.float32)
         if fp32 == owned:
             return "fp32 weights as masters"
         masters = f"{flash.master_bits}-bit masters ({flash.master_rounding} rounding)"
         if fp32:
             masters += f", {fp32} of {owned} weights fp32 masters"
-        quantized = sum(
-            item.end - item.start
-            for member in members
-            for item in member.shard_params
-            if member.optimizer.shards[item.shard].owns_param
-        )
+        quantized = sum(item.end - item.start for shard, item in items if shard.owns_param)
         if quantized:
             masters += f", {quantized} with a bf16 high part beside the quantized weight"
         return masters
