@@ -20,6 +20,8 @@ from megatron_flashoptim.codec.master import correction_dtype
 
 TENSORS = "tensors"
 _LOADING = "loading"
+# Keys told of those that a checkpoint lacks.
+_NAMED = 5
 
 
 class ReadsFolder:
@@ -109,11 +111,25 @@ class Loading(ReadsFolder):
 
 @torch.no_grad()
 def finish(loaded: dict[str, object]) -> None:
-    """Put loaded state where it belongs, given the loaded twin of ``Loading.state_dict()``."""
+    """Put loaded state where it belongs, given the loaded twin of ``Loading.state_dict()``.
+
+    Raises:
+        ValueError: Megatron has left out tensors that the checkpoint lacks, as it does with some
+            values of ``--dist-ckpt-strictness``; or as of ``Loading.read_weights``.
+    """
     loading = loaded[_LOADING]
     assert isinstance(loading, Loading)
     tensors = loaded.get(TENSORS, {})
     assert isinstance(tensors, dict)
+    lacking = {tensor.key for number, tensor in loading.sharded.items() if number not in tensors}
+    if lacking:
+        raise ValueError(
+            f"the checkpoint lacks {', '.join(sorted(lacking)[:_NAMED])}"
+            + (f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else "")
+            + ": flash state cannot be loaded in part. Drop --dist-ckpt-strictness and build the "
+            "model that was saved, or load what weights there are with --no-load-optim "
+            "--no-load-rng"
+        )
     for number, target in loading.targets.items():
         source = tensors[number]
         if source.data_ptr() != target.data_ptr():  # read by another rank, or moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -70,6 +71,9 @@ _CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {
 _WEIGHTS_ALONE = "--no-load-optim --no-load-rng, or --finetune"
 
 BUCKETS = "buckets"
+# Numbers that stand for the buckets of each data-parallel group, where BUCKETS has those of the
+# first: a dict by group for each optimizer of the chain. Not in older checkpoints.
+BUCKETS_OF_GROUPS = "buckets_of_groups"
 PER_ELEMENT_SCALES = "per_element_scales"
 # In checkpoints of bf16 models of which some parameters are fp32, and then their own masters:
 # dtypes of the buffers (dp_reshardable), or model keys (fully_reshardable).
@@ -117,6 +121,27 @@ def describe_buckets(spaces: Sequence[BucketSpace], weights: str) -> dict[str, A
     if set(chain(*dtypes)) - {weights}:
         described[BUFFER_WEIGHTS] = dtypes
     return described
+
+
+def bucket_digests(spaces: Sequence[BucketSpace]) -> list[tuple[int, int]]:
+    """Return for each optimizer its data-parallel group and a number that stands for its buckets.
+
+    Args:
+        spaces: the buckets of this rank.
+    """
+    return [
+        (space.dp_group_index, zlib.crc32(repr((space.layout(), space.weights())).encode()))
+        for space in spaces
+    ]
+
+
+def describe_bucket_groups(ranks: Iterable[list[tuple[int, int]]]) -> dict[str, Any]:
+    """Return what else ``dp_reshardable`` depends on: the buckets of all ranks.
+
+    Args:
+        ranks: what ``bucket_digests`` returned on each.
+    """
+    return {BUCKETS_OF_GROUPS: [dict(of_optimizer) for of_optimizer in zip(*ranks, strict=True)]}
 
 
 def describe_groups(
@@ -252,7 +277,15 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
         ValueError: names both layouts and the options they depend on.
     """
     if any(space.dp_group_index != 0 for space in spaces):
-        return  # the checkpoint describes the buckets of the first model-parallel rank
+        # The checkpoint has the buckets themselves of the first model-parallel rank only.
+        groups = saved.get(BUCKETS_OF_GROUPS, ())
+        for (index, digest), digests in zip(bucket_digests(spaces), groups, strict=False):
+            if digests.get(index) != digest:
+                raise ValueError(
+                    f"the checkpoint was saved with other buckets or weights on model-parallel "
+                    f"rank {index} than this run has; {_SAME_LAYOUT}"
+                )
+        return
     layout = [space.layout() for space in spaces]
     dtypes = [space.weights() for space in spaces]
     theirs = saved.get(BUFFER_WEIGHTS, [[saved["weights"]] * len(space) for space in dtypes])
@@ -260,10 +293,7 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
     if saved.get(BUCKETS) != layout and set(chain(*theirs)) == set(chain(*dtypes)):
         raise ValueError(
             f"the checkpoint was saved with buckets of {saved.get(BUCKETS)} elements, this run has "
-            f"{layout}: dp_reshardable needs the tensor, pipeline and expert parallel sizes, "
-            "--overlap-grad-reduce and --ddp-bucket-size of the run that saved it (by default the "
-            "bucket size grows with data-parallel sizes above 40; give the saved run's). "
-            "Checkpoints saved with --dist-ckpt-optim-fully-reshardable load anywhere"
+            f"{layout}: {_SAME_LAYOUT}"
         )
     if theirs != dtypes:
         advice = _SAME_DTYPES
@@ -276,6 +306,14 @@ def check_buckets(saved: dict[str, Any], spaces: Sequence[BucketSpace]) -> None:
             f"the checkpoint was saved with weights of {theirs} in DDP's buffers, this run has "
             f"{dtypes}; {advice}"
         )
+
+
+_SAME_LAYOUT = (
+    "dp_reshardable needs the tensor, pipeline and expert parallel sizes, --overlap-grad-reduce "
+    "and --ddp-bucket-size of the run that saved it (by default the bucket size grows with "
+    "data-parallel sizes above 40; give the saved run's). Checkpoints saved with "
+    "--dist-ckpt-optim-fully-reshardable load anywhere"
+)
 
 
 def check_weights(saved: dict[str, Any], dtypes: Iterable[tuple[str, str]]) -> None:

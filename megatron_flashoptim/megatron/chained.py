@@ -16,6 +16,7 @@ from megatron.core.utils import log_single_rank
 from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.stock import StockLoading, StockRange
+from megatron_flashoptim.checkpoint.together import gathered, on_all_ranks
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.bucket_clipping import BucketClipping
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
@@ -57,7 +58,8 @@ class FlashChainedOptimizer(ChainedOptimizer):
                     "megatron-core builds optimizers in a way megatron-flashoptim does not know"
                 )
         super().__init__(chained_optimizers)
-        self._agreed: dict[str, Any] | None = None
+        # By sharding type, what all ranks together know of what is to be saved.
+        self._agreed: dict[str, dict[str, Any]] = {}
         # Whether weights are to be made of the high parts that a checkpoint has beside them.
         self._loads_quantized = False
         members = [member for member in chained_optimizers if not member.is_stub_optimizer]
@@ -206,18 +208,55 @@ class FlashChainedOptimizer(ChainedOptimizer):
     ) -> Any:
         """Return the members' sharded state dicts; describe the format, or check it on load.
 
-        Megatron stores the very ``metadata`` dict it passes here as the checkpoint's content
-        metadata, and passes that of the checkpoint on load.
+        A collective of all ranks. Megatron stores the very ``metadata`` dict it passes here as the
+        checkpoint's content metadata, and passes that of the checkpoint on load.
 
         Raises:
             ValueError: an unsupported sharding type, or, on load, state of another optimizer,
-                format or bucket layout.
+                format or bucket layout; on all ranks, whichever found it, as all errors are.
             RuntimeError: with gradient release, on save, the last update is half applied.
         """
+        if is_loading and self.release is not None:
+            self.release.wait()  # the checkpoint is read into this very state
+        if not is_loading:
+            self.check_can_be_saved(model_sharded_state_dict, kwargs.get("metadata"))
+        return on_all_ranks(
+            lambda: self._sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        )
+
+    def check_can_be_saved(
+        self, model_sharded_state_dict: Any, content: dict[str, Any] | None
+    ) -> None:
+        """Refuse a model whose state a sharding type cannot hold; looked into once.
+
+        A collective of all ranks.
+
+        Args:
+            model_sharded_state_dict: the model's, or anything that has the values of it.
+            content: content metadata of the checkpoint to be saved.
+
+        Raises:
+            ValueError: with ``fully_reshardable``, a tensor's state would be incomplete, or its
+                weights have several dtypes; on all ranks.
+        """
+        members = [m for m in self.chained_optimizers if not m.is_stub_optimizer]
+        sharding_type = (content or {}).get(metadata.SHARDING_TYPE)
+        if not members or sharding_type in self._agreed:
+            return
+        if sharding_type == metadata.FULLY_RESHARDABLE:
+            self._agreed[sharding_type] = self._agree(members, model_sharded_state_dict)
+        elif sharding_type == metadata.DP_RESHARDABLE:
+            local = on_all_ranks(
+                lambda: metadata.bucket_digests([member.bucket_space() for member in members])
+            )
+            self._agreed[sharding_type] = metadata.describe_bucket_groups(gathered(local))
+
+    def _sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool, **kwargs: Any
+    ) -> Any:
+        """Do what ``sharded_state_dict`` does on this rank."""
         if not is_loading:
             self._check_update_is_whole()
-        elif self.release is not None:
-            self.release.wait()  # the checkpoint is read into this very state
         content = kwargs.get("metadata")
         if is_loading and metadata.KEY not in (content or {}):
             for member in self.chained_optimizers:
@@ -234,7 +273,7 @@ class FlashChainedOptimizer(ChainedOptimizer):
             if is_loading:
                 self._check(content, members, model_sharded_state_dict)
             else:
-                content[metadata.KEY] = self._describe(content, members, model_sharded_state_dict)
+                content[metadata.KEY] = self._describe(content, members)
         if (
             content is None
             or not members
@@ -274,15 +313,29 @@ class FlashChainedOptimizer(ChainedOptimizer):
     def load_state_dict(self, state_dict: Any) -> None:
         """Load what ``sharded_state_dict`` or ``state_dict`` of such a chain became.
 
+        A collective of all ranks.
+
         Raises:
-            ValueError: the state is of another optimizer or format, has other param groups, or,
-                in the legacy format, is that of another number of optimizers.
+            ValueError: the state is of another optimizer or format, has other param groups, lacks
+                tensors, or, in the legacy format, is that of another number of optimizers; on all
+                ranks, whichever found it, as all errors are.
         """
         if self.release is not None:
             self.release.forget()
         if isinstance(state_dict, dict) and _STOCK in state_dict:
             self._load_stock(state_dict)
             return
+        on_all_ranks(lambda: self._load_members(state_dict))
+        if self._loads_quantized:
+            self._gather_weights()
+
+    def settle_schedule(self, *, override: bool, use_checkpoint: bool) -> None:
+        """Choose the learning rates of param groups that were loaded, see each member's."""
+        for member in self.chained_optimizers:
+            if not member.is_stub_optimizer:
+                member.settle_schedule(override=override, use_checkpoint=use_checkpoint)
+
+    def _load_members(self, state_dict: Any) -> None:
         own = len(self.chained_optimizers)
         saved = len(state_dict) if isinstance(state_dict, list) else own
         if "optimizer" in state_dict and metadata.MERGED not in state_dict:
@@ -293,27 +346,6 @@ class FlashChainedOptimizer(ChainedOptimizer):
                 "more with --expert-model-parallel-size above 1, and with "
                 "--overlap-param-gather-with-optimizer-step; give both as in the run that saved it"
             )
-        if not self._loads_quantized:
-            self._load_members(state_dict)
-            return
-        problem = None
-        try:
-            self._load_members(state_dict)
-        except ValueError as found:  # files are read, which may fail on one rank
-            problem = str(found)
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, problem)
-        if any(everyone):
-            raise ValueError(next(filter(None, everyone)))
-        self._gather_weights()
-
-    def settle_schedule(self, *, override: bool, use_checkpoint: bool) -> None:
-        """Choose the learning rates of param groups that were loaded, see each member's."""
-        for member in self.chained_optimizers:
-            if not member.is_stub_optimizer:
-                member.settle_schedule(override=override, use_checkpoint=use_checkpoint)
-
-    def _load_members(self, state_dict: Any) -> None:
         if not isinstance(state_dict, dict) or metadata.MERGED not in state_dict:
             super().load_state_dict(state_dict)
             return
@@ -346,27 +378,27 @@ class FlashChainedOptimizer(ChainedOptimizer):
             ValueError: param groups differ, state is missing, or it does not belong to the
                 weights; on all ranks, whichever found it.
         """
-        shared = param_groups.of_optimizer(state_dict)
+        local = on_all_ranks(lambda: self._convert_stock(state_dict))
         report = Report()
-        args = state_dict[_STOCK].saved_args()
-        try:
-            for number, member in enumerate(self.chained_optimizers):
-                if not member.is_stub_optimizer:
-                    own = state_dict.get(_STOCK_GROUPS, {}).get(str(number))
-                    saved = own["param_groups"] if own else shared
-                    member.load_stock_param_groups(saved, args)
-                    member.read_high_parts(member.optimizer.shards)  # of the weights just loaded
-            local = state_dict[_STOCK].convert()
-        except ValueError as problem:
-            local = Report(problem=str(problem))
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, local)
-        for rank in everyone:
+        for rank in gathered(local):
             report.add(rank)
         report.check()
         # Shown at Megatron's default level: this happens once, and is not without loss.
         log_single_rank(logger, logging.WARNING, report.text())
         self._gather_weights()
+
+    def _convert_stock(self, state_dict: dict[Any, Any]) -> Report:
+        """Convert this rank's state of Megatron's Adam."""
+        shared = param_groups.of_optimizer(state_dict)
+        args = state_dict[_STOCK].saved_args()
+        for number, member in enumerate(self.chained_optimizers):
+            if not member.is_stub_optimizer:
+                own = state_dict.get(_STOCK_GROUPS, {}).get(str(number))
+                saved = own["param_groups"] if own else shared
+                member.load_stock_param_groups(saved, args)
+                member.read_high_parts(member.optimizer.shards)  # of the weights just loaded
+        report: Report = state_dict[_STOCK].convert()
+        return report
 
     def _check(
         self,
@@ -383,38 +415,32 @@ class FlashChainedOptimizer(ChainedOptimizer):
             metadata.check_weights(saved, member.weights_of_keys(model_sharded_state_dict))
 
     def _describe(
-        self,
-        content: dict[str, Any],
-        members: list[FlashDistributedOptimizer],
-        model_sharded_state_dict: Any,
+        self, content: dict[str, Any], members: list[FlashDistributedOptimizer]
     ) -> dict[str, Any]:
         """Return the description of the state to save, the same on all ranks but for buckets."""
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
+        described |= self._agreed[content[metadata.SHARDING_TYPE]]
         if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
             spaces = [member.bucket_space() for member in members]
-            return described | metadata.describe_buckets(spaces, described["weights"])
-        if self._agreed is None:
-            self._agreed = self._agree(members, model_sharded_state_dict)
-        return described | self._agreed
+            described |= metadata.describe_buckets(spaces, described["weights"])
+        return described
 
     def _agree(
         self, members: list[FlashDistributedOptimizer], model_sharded_state_dict: Any
     ) -> dict[str, Any]:
-        """Return what any rank says of keys in model space, a collective of all ranks.
+        """Return what any rank says of keys in model space, a collective of all ranks."""
 
-        Raises:
-            ValueError: a tensor's state would be incomplete, or its weights have several dtypes;
-                on all ranks.
-        """
-        local = []
-        for member in members:
-            space = member.model_space(model_sharded_state_dict)
-            dtypes = member.weights_of_keys(model_sharded_state_dict)
-            whole = space.keys_with_broken_groups(), space.quantized_keys()
-            local.append((*whole, space.covered(), dtypes))
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, local)
-        described = [member for rank in gathered for member in rank]
+        def of_this_rank() -> list[Any]:
+            local = []
+            for member in members:
+                space = member.model_space(model_sharded_state_dict)
+                dtypes = member.weights_of_keys(model_sharded_state_dict)
+                whole = space.keys_with_broken_groups(), space.quantized_keys()
+                local.append((*whole, space.covered(), dtypes))
+            return local
+
+        local = on_all_ranks(of_this_rank)
+        described = [member for rank in gathered(local) for member in rank]
         broken, quantized, covered, dtypes_of_keys = zip(*described, strict=True)
         metadata.check_covered(covered)
         fp32 = metadata.fp32_keys(set().union(*dtypes_of_keys))
@@ -461,23 +487,14 @@ class FlashChainedOptimizer(ChainedOptimizer):
     @staticmethod
     def _describe_masters(members: list[FlashDistributedOptimizer], owned: int) -> str:
         flash = members[0].flash
-        fp32 = sum(
-            item.end - item.start
-            for member in members
-            for item in member.shard_params
-            if item.param.dtype == torch.float32
-        )
+        items = [(m.optimizer.shards[item.shard], item) for m in members for item in m.shard_params]
+        fp32 = sum(i.end - i.start for _, i in items if i.param.dtype == torch.float32)
         if fp32 == owned:
             return "fp32 weights as masters"
         masters = f"{flash.master_bits}-bit masters ({flash.master_rounding} rounding)"
         if fp32:
             masters += f", {fp32} of {owned} weights fp32 masters"
-        quantized = sum(
-            item.end - item.start
-            for member in members
-            for item in member.shard_params
-            if member.optimizer.shards[item.shard].owns_param
-        )
+        quantized = sum(item.end - item.start for shard, item in items if shard.owns_param)
         if quantized:
             masters += f", {quantized} with a bf16 high part beside the quantized weight"
         return masters

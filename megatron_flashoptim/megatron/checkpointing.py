@@ -31,6 +31,7 @@ from megatron_flashoptim.checkpoint.conversion import (
 from megatron_flashoptim.checkpoint.model_space import ModelSpace, OwnedRange
 from megatron_flashoptim.checkpoint.pieces import Piece, pieces_of
 from megatron_flashoptim.checkpoint.stock import StockRange, ranges_of_buckets, ranges_of_model
+from megatron_flashoptim.checkpoint.together import on_all_ranks
 from megatron_flashoptim.codec import join_master, split_master
 from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.megatron.grad_stats import ShardParam
@@ -306,16 +307,23 @@ class FlashCheckpointing(_Base):
     ) -> None:
         """Encode fp32 masters and moments that the first rank has read from the legacy format.
 
+        A collective of all ranks.
+
         Raises:
-            ValueError: DDP's buffers have other dtypes than those of the checkpoint.
+            ValueError: DDP's buffers have other dtypes than those of the checkpoint; on all ranks.
         """
         if self.is_stub_optimizer:
             return
-        if self.data_parallel_group.rank() == 0:
+
+        def check_and_fill() -> None:
+            if self.data_parallel_group.rank() != 0:
+                return
             _check_buffers(state_dict, self.gbuf_ranges)
             for tensors in _of_buffers(state_dict):
                 zeros = torch.zeros(1).expand_as(tensors[_PARAM])
                 tensors.update(dict.fromkeys(self._moments_of_adam_alone(), zeros))
+
+        on_all_ranks(check_and_fill)
         super().load_parameter_state_from_dp_zero(state_dict, *args, **kwargs)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from megatron.core.utils import log_single_rank
 from megatron_flashoptim.megatron import install
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
+from megatron_flashoptim.megatron.first_save import check_first_save
 from megatron_flashoptim.megatron.release.support import check_release
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import FlashOptimConfig
@@ -38,7 +39,8 @@ def get_megatron_optimizer(
         flash: update rule, formats and rounding; the defaults of ``FlashOptimConfig`` if None.
 
     Raises:
-        ValueError: an option that flash optimizers do not support.
+        ValueError: an option that flash optimizers do not support, or, in Megatron's training
+            loop, a model that it could not save as its arguments say.
         RuntimeError: Megatron built something else than flash optimizers.
     """
     # A Megatron with one of patches/ has the configuration in its own.
@@ -59,10 +61,12 @@ def chain(optimizers: list[Any]) -> FlashChainedOptimizer:
 
     Raises:
         RuntimeError: a member is something else than a flash optimizer.
+        ValueError: Megatron's training loop runs and could not save.
     """
     chained = FlashChainedOptimizer(optimizers)
     install.SCHEDULE.apply(install.SCHEDULE.owner())
     log_single_rank(logger, logging.INFO, chained.describe())
+    check_first_save(chained)
     return chained
 
 

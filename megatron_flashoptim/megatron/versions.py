@@ -121,6 +121,10 @@ NEEDED: dict[str, tuple[str, ...]] = {
 # What install() and the launcher take beside that and beside what they bind.
 NEEDED_BY_INSTALL: dict[str, tuple[str, ...]] = {
     "megatron.core.datasets.utils": ("compile_helpers",),
+    "megatron.training.checkpointing": (
+        "_build_sharded_state_dict_metadata",
+        "generate_state_dict",
+    ),
     "megatron.training.global_vars": ("_GLOBAL_ARGS",),
     "megatron.training.training": ("report_theoretical_memory",),
 }

@@ -352,10 +352,20 @@ def test_other_buckets_are_refused_naming_both_sides(tmp_path: Path) -> None:
     assert "saved with buckets of" in message and "--ddp-bucket-size" in message
 
 
-def test_other_parallel_sizes_are_refused_on_the_first_rank(tmp_path: Path) -> None:
+def _freeze_last_norm(model: Any) -> None:
+    norm = getattr(model.decoder, "final_layernorm", None)  # on the last stage only
+    if norm is not None:
+        norm.requires_grad_(False)
+
+
+def test_buckets_that_are_others_on_some_ranks_are_refused_on_all(tmp_path: Path) -> None:
+    """Rank 0 alone can say which the checkpoint has, and only the last stage that its differ."""
     run_ranks(2, _train, 1, save=tmp_path, pp=2)
-    with pytest.raises(AssertionError, match=r"saved with buckets of .* pipeline"):
-        run_ranks(2, _train, 0, load=tmp_path)
+    for message in run_ranks(2, _load_error, tmp_path, tp=2):
+        assert "saved with buckets of" in message and "pipeline" in message
+    for message in run_ranks(2, _load_error, tmp_path, pp=2, prepare_model=_freeze_last_norm):
+        assert "other buckets or weights on model-parallel rank 1" in message
+        assert message.endswith("(on rank 1; 1 of 2 ranks have a problem)")
 
 
 def _newer(folder: Path) -> str:

@@ -208,9 +208,8 @@ def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None
 def _error(folder: Path, flags: str, **options: Any) -> str:
     import training_checkpoints
 
-    run = training_checkpoints.Run(folder, *flags.split(), **options)
     try:
-        run.load()
+        training_checkpoints.Run(folder, *flags.split(), **options).load()
     except BaseException as problem:  # SystemExit too: Megatron ends the process for some
         return f"{type(problem).__name__}: {problem}"
     return ""
@@ -279,3 +278,41 @@ def test_checkpoint_of_another_model_is_an_error_that_names_a_tensor(
 ) -> None:
     for message in run_ranks(2, _error, checkpoint, FULL, **other):
         assert tensor in message
+
+
+def test_state_that_megatron_leaves_out_is_named_on_every_rank(checkpoint: Path) -> None:
+    """Only the last stage has the output layer, which the checkpoint lacks."""
+    flags = f"{FULL} --dist-ckpt-strictness log_all"
+    for message in run_ranks(2, _error, checkpoint, flags, tied=False, pp=2):
+        assert message.startswith("ValueError: the checkpoint lacks optimizer.state.correction.")
+        assert "correction.output_layer.weight, optimizer.state.exp_avg.output_layer" in message
+        assert "--dist-ckpt-strictness" in message and "--no-load-optim" in message
+        assert message.endswith("(on rank 1; 1 of 2 ranks have a problem)")
+
+
+def _freeze_an_mlp(model: Any) -> None:
+    for param in model.decoder.layers[-1].mlp.parameters():
+        param.requires_grad = False
+
+
+def _start_errors(folder: Path, **options: Any) -> dict[str, str]:
+    import training_checkpoints
+    from megatron.training import global_vars
+
+    flags = {"fully": (FULL,), "dp": (), "weights alone": (FULL, "--no-save-optim")}
+    found = {}
+    for name, given in flags.items():
+        global_vars.unset_global_variables()
+        try:
+            training_checkpoints.Run(folder, *given, **options)
+            found[name] = ""
+        except ValueError as problem:
+            found[name] = str(problem)
+    return found
+
+
+def test_what_could_not_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    for told in run_ranks(2, _start_errors, tmp_path, prepare_model=_freeze_an_mlp):
+        assert "elements of decoder.layers.mlp." in told["fully"]
+        assert "Save with dp_reshardable" in told["fully"]
+        assert told["dp"] == told["weights alone"] == ""

@@ -19,7 +19,8 @@ MODEL = f"""--num-layers 4 --hidden-size 256 --ffn-hidden-size 1024 --num-attent
 --moe-ffn-hidden-size 256 --moe-router-topk 2 --use-distributed-optimizer --optimizer flash_adamw
 --overlap-grad-reduce --ddp-bucket-size 300000 --tensor-model-parallel-size {TENSOR}
 --sequence-parallel --expert-model-parallel-size {EXPERT} --expert-tensor-parallel-size 1
---pipeline-model-parallel-size {STAGES}""".split()
+--pipeline-model-parallel-size {STAGES} --save nowhere --save-interval 1
+--dist-ckpt-optim-fully-reshardable""".split()
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
 
 
