@@ -161,13 +161,23 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -
         converts = _CONVERTIBLE.get(name)
         if theirs == wanted[name] or (converts and converts(theirs, wanted[name])):
             continue
-        otherwise = "use the same value, or --no-load-optim"
-        if name == "optimizer":
-            otherwise = f"the moments of one are not those of the other. {_from_zero(flash)}"
         raise ValueError(
             f"the checkpoint was saved with {name} {theirs}, this run has {wanted[name]}; "
-            + otherwise
+            + _otherwise(name, flash)
         )
+
+
+def _otherwise(name: str, flash: FlashOptimConfig) -> str:
+    """Return what to do where a field of the format is not converted on load."""
+    if name == "optimizer":
+        return f"the moments of one are not those of the other. {_from_zero(flash)}"
+    if name == "exp_avg_sq_code":
+        return (
+            f"`megatron-flashoptim convert --to flash --exp-avg-sq-code {flash.exp_avg_sq_code}` "
+            "changes it and keeps masters, moments and schedule; or use the same value; or load "
+            f"the weights alone with {_WEIGHTS_ALONE}"
+        )
+    return f"use the same value, or load the weights alone with {_WEIGHTS_ALONE}"
 
 
 def _from_zero(flash: FlashOptimConfig) -> str:
