@@ -183,7 +183,10 @@ def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what loads a checkpoint, and for a flash optimizer looks at its files before."""
+    """Return what loads a checkpoint, and for a flash optimizer looks at its files before.
+
+    For others it says what a checkpoint of flash state is, once it could not be loaded.
+    """
 
     def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         if selected() is not None:
@@ -191,9 +194,11 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
             check_files_together(checkpoint_dir)
         from megatron_flashoptim.checkpoint.loading import tell_folder
+        from megatron_flashoptim.checkpoint.other_optimizer import told_of_flash_state
 
         tell_folder(sharded_state_dict, checkpoint_dir)
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        with told_of_flash_state(sharded_state_dict, checkpoint_dir):
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     return load
 

@@ -13,6 +13,8 @@ import torch
 from checkpoint_state import assert_same_state
 from ranks import run_ranks
 
+from megatron_flashoptim import FlashOptimConfig
+
 FULL = "--dist-ckpt-optim-fully-reshardable"
 
 
@@ -279,3 +281,46 @@ def test_checkpoint_of_another_model_is_an_error_that_names_a_tensor(
 ) -> None:
     for message in run_ranks(2, _error, checkpoint, FULL, **other):
         assert tensor in message
+
+
+def _adams_errors(folders: dict[str, Path]) -> dict[str, str]:
+    """Return the errors of plain Adam loading checkpoints of flash optimizers."""
+    from exact_adamw import use_as_megatrons_adam
+    from megatron.core import parallel_state
+    from megatron.training import global_vars
+
+    use_as_megatrons_adam()
+    said = {}
+    flags = f"{FULL} --optimizer adam"
+    for name, folder in folders.items():
+        said[name] = _error(folder, flags, flash=None)
+        parallel_state.destroy_model_parallel()
+        global_vars.unset_global_variables()
+    other = next(iter(folders.values()))
+    said["of another model"] = _error(other, f"{flags} --no-load-optim", flash=None, hidden=128)
+    return said
+
+
+def test_plain_adam_is_told_in_one_line_that_a_checkpoint_is_of_a_flash_optimizer(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folders = {"model space": checkpoint}
+    for name, flags, options in (
+        ("buckets", "", {}),
+        ("lion", f"{FULL} --optimizer flash_lion", {"flash": FlashOptimConfig("flash_lion")}),
+    ):
+        folders[name] = tmp_path / name
+        run_ranks(1, _train, folders[name], flags, 1, save_at=(1,), **options)
+    (said,) = run_ranks(1, _adams_errors, folders)
+    weights = "load the weights alone with --no-load-optim --no-load-rng, or --finetune"
+    for name, optimizer in (
+        ("model space", "flash_adamw"),
+        ("buckets", "flash_adamw"),
+        ("lion", "flash_lion"),
+    ):
+        start = f"ValueError: the checkpoint in {folders[name]}/iter_0000001 was saved with"
+        assert said[name].startswith(f"{start} --optimizer {optimizer}, and this run has")
+        assert "\n" not in said[name] and said[name].endswith(weights)
+        assert ("convert --to adam" in said[name]) is (name != "lion")
+    assert "save once with --dist-ckpt-optim-fully-reshardable" in said["buckets"]
+    assert "layer_norm_weight" in said["of another model"]
