@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_flashoptim.megatron import versions
-from megatron_flashoptim.megatron.hooks import plain_adam, selected
+from megatron_flashoptim.megatron.hooks import before_load, plain_adam, selected
 
 logger = logging.getLogger(__name__)
 
@@ -189,14 +189,13 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if selected() is not None:
-            from megatron_flashoptim.checkpoint.damage import check_files_together
-
-            check_files_together(checkpoint_dir)
         from megatron_flashoptim.checkpoint.loading import tell_folder
         from megatron_flashoptim.checkpoint.other_optimizer import told_of_flash_state
 
-        tell_folder(sharded_state_dict, checkpoint_dir)
+        if selected() is not None:
+            before_load(sharded_state_dict, checkpoint_dir)
+        else:
+            tell_folder(sharded_state_dict, checkpoint_dir)
         with told_of_flash_state(sharded_state_dict, checkpoint_dir):
             return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 

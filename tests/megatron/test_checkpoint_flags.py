@@ -324,3 +324,23 @@ def test_plain_adam_is_told_in_one_line_that_a_checkpoint_is_of_a_flash_optimize
         assert ("convert --to adam" in said[name]) is (name != "lion")
     assert "save once with --dist-ckpt-optim-fully-reshardable" in said["buckets"]
     assert "layer_norm_weight" in said["of another model"]
+
+
+def _warned(folder: Path, **options: Any) -> list[str]:
+    import checkpoints
+
+    logged = checkpoints.collect_log()
+    _train(folder, f"{FULL} --make-vocab-size-divisible-by 1", 0, load=True, **options)
+    return [message for message in logged if "rows in the checkpoint" in message]
+
+
+@pytest.mark.parametrize("vocab", [256, 272])
+def test_other_rows_of_the_vocabulary_are_warned_of_once(vocab: int, checkpoint: Path) -> None:
+    first, second = run_ranks(2, _warned, checkpoint, vocab=vocab, tp=2)
+    assert second == []
+    if vocab == 256:
+        assert first == []
+        return
+    (warning,) = first
+    assert "embedding.word_embeddings.weight has 256 rows in the checkpoint and 272" in warning
+    assert "New rows start as zeros" in warning and warning.endswith("there are 256 rows")
