@@ -112,7 +112,7 @@ class Report:
             f"converted to flash state{' without a problem' if by_ranks else ''}: {self.elements} "
             f"elements in {self.parameters} parameters"
             f"{' (one that ranks share is counted by each)' if by_ranks else ''}; "
-            f"relative rounding errors {', '.join(errors) or '0'}"
+            f"relative errors {', '.join(errors) or '0'}"
         )
         if any(self.deviations[moment].total for moment in (EXP_AVG, EXP_AVG_SQ)):
             text += " (moments: largest is relative to the largest of each 32 elements)"
