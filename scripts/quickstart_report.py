@@ -56,7 +56,7 @@ class Comparison:
 def table(comparison: Comparison) -> str:
     """Return the table and the notes below it."""
     adam, flash = comparison.adam, comparison.flash
-    rows = [("", "Adam", "flash_adamw", "difference")]
+    rows = [("", "Adam", "flash_adamw", "difference or ratio")]
     quarters = (comparison.iterations * part // 4 for part in (1, 2, 3, 4))
     for iteration in (1, *quarters):
         rows.append(
@@ -136,6 +136,8 @@ def _draw_losses(axes: Axes, comparison: Comparison) -> None:
         axes.plot(
             list(run.losses), running_mean(losses, window), color=colour, lw=width, label=label
         )
+    if window > 1:
+        axes.plot([], [], color="black", linewidth=1, alpha=0.2, label="pale: every iteration")
     same = "identical" if comparison.resume_is_identical() else "not identical"
     axes.axvspan(
         comparison.resumed_from,
@@ -147,7 +149,8 @@ def _draw_losses(axes: Axes, comparison: Comparison) -> None:
     )
     axes.set(xlabel="iteration", ylabel="loss", xlim=(0, comparison.iterations))
     axes.set_title(
-        "Training loss, same seed and data" + (f" (mean of {window})" if window > 1 else ""),
+        "Training loss, same seed and data"
+        + (f" (mean of the last {window} iterations)" if window > 1 else ""),
         loc="left",
     )
     axes.grid(axis="y", alpha=0.3)

@@ -135,7 +135,9 @@ class Launcher:
         """Train from scratch; checkpoints after save_interval iterations and at the end."""
         checkpoints = self.folder / name / "checkpoints"
         arguments = ["--optimizer", optimizer, "--save", str(checkpoints)]
-        return self.run(name, [*arguments, "--save-interval", str(save_interval)])
+        # So that the checkpoints can be converted, and inspected layer by layer.
+        arguments += ["--save-interval", str(save_interval), "--dist-ckpt-optim-fully-reshardable"]
+        return self.run(name, arguments)
 
     def resume(self, name: str, run: Run, *, iteration: int) -> Run:
         """Repeat the last iterations of a flash_adamw run from one of its checkpoints."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +83,26 @@ def missing_or_short(folder: str | Path, metadata: Metadata) -> str:
     return "; ".join(problems[:_MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def check_files(folder: str | Path, metadata: Metadata | None = None) -> None:
+def check_files(folder: str | Path, metadata: Metadata | None = None) -> Metadata | None:
     """Compare each file's size with what the checkpoint's own metadata says is in it.
 
     Args:
         folder: folder of one iteration, with Megatron's ``.metadata``.
         metadata: that, where it is read already.
 
+    Returns:
+        The metadata, None where there is none.
+
     Raises:
         ValueError: names the files that are missing or too short.
     """
     if metadata is None:
         if not Path(folder, ".metadata").is_file():
-            return  # no folder of this machine, or no checkpoint: Megatron says so
+            return None  # no folder of this machine, or no checkpoint: Megatron says so
         metadata = read_metadata(folder)
     if found := missing_or_short(folder, metadata):
         raise ValueError(f"the checkpoint in {folder} is damaged: {found}. {WAYS_OUT}")
+    return metadata
 
 
 def check_manifest(folder: str | Path) -> None:
@@ -129,8 +134,15 @@ def check_manifest(folder: str | Path) -> None:
                 )
 
 
-def check_files_together(folder: str | Path) -> None:
+def check_files_together(
+    folder: str | Path, look: Callable[[Metadata], None] | None = None
+) -> None:
     """Have rank 0 check the files and all ranks raise what it found.
+
+    Args:
+        folder: folder of one iteration.
+        look: called by rank 0 with the metadata of files that are whole, which is large and read
+            once.
 
     Raises:
         ValueError: as ``check_files``.
@@ -138,7 +150,9 @@ def check_files_together(folder: str | Path) -> None:
     verdict: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            check_files(folder)
+            metadata = check_files(folder)
+            if metadata is not None and look is not None:
+                look(metadata)
         except ValueError as problem:
             verdict[0] = str(problem)
         except Exception as problem:  # the other ranks wait for a verdict, whatever happened

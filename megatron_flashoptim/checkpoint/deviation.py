@@ -95,9 +95,13 @@ class Report:
                 "--dist-ckpt-optim-fully-reshardable)"
             )
 
-    def text(self) -> str:
-        """Return one line: what was converted, with its errors."""
+    def text(self, *, by_ranks: bool = True) -> str:
+        """Return one line: what was converted, with its errors.
 
+        Args:
+            by_ranks: while loading, so that the line is one of a run's log, and a parameter that
+                several ranks have parts of was counted by each of them.
+        """
         errors = [
             f"of {'masters' if kind == MASTER else kind} largest {found.largest:.2e}, "
             f"mean {found.mean:.2e}"
@@ -105,8 +109,10 @@ class Report:
             if found.total  # else there were none, or all are zero
         ]
         text = (
-            f"converted to flash state: {self.elements} elements in {self.parameters} parameter "
-            f"ranges; relative errors {', '.join(errors) or '0'}"
+            f"converted to flash state{' without a problem' if by_ranks else ''}: {self.elements} "
+            f"elements in {self.parameters} parameters"
+            f"{' (one that ranks share is counted by each)' if by_ranks else ''}; "
+            f"relative errors {', '.join(errors) or '0'}"
         )
         if any(self.deviations[moment].total for moment in (EXP_AVG, EXP_AVG_SQ)):
             text += " (moments: largest is relative to the largest of each 32 elements)"

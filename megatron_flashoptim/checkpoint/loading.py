@@ -6,6 +6,7 @@ into a temporary tensor, and an action made for it converts it afterwards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -13,10 +14,13 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_flashoptim.checkpoint.conversion import convert_correction
 from megatron_flashoptim.checkpoint.reader import CheckpointReader
 from megatron_flashoptim.codec.master import correction_dtype
+
+logger = logging.getLogger(__name__)
 
 TENSORS = "tensors"
 _LOADING = "loading"
@@ -41,6 +45,40 @@ def tell_folder(sharded_state_dict: object, folder: str) -> None:
     for value in nested_values(sharded_state_dict):
         if isinstance(value, LocalNonpersistentObject) and isinstance(value.obj, ReadsFolder):
             value.obj.folder = str(folder)
+
+
+def warn_of_other_rows(sharded_state_dict: object, metadata: Metadata) -> None:
+    """Warn where the vocabulary is padded to other rows than in the checkpoint, once.
+
+    Args:
+        sharded_state_dict: to be loaded.
+        metadata: of the checkpoint.
+    """
+    if not isinstance(sharded_state_dict, dict):
+        return
+    # The optimizer's state follows the weights.
+    weights = {key: value for key, value in sharded_state_dict.items() if key != "optimizer"}
+    for tensor in nested_values(weights):
+        if not isinstance(tensor, ShardedTensor) or not tensor.allow_shape_mismatch:
+            continue
+        saved = metadata.state_dict_metadata.get(tensor.key)
+        if not isinstance(saved, TensorStorageMetadata) or not tensor.global_shape:
+            continue
+        rows, wanted = saved.size[0], tensor.global_shape[0]
+        if rows != wanted:
+            logger.warning(
+                "%s has %d rows in the checkpoint and %d in this run: Megatron pads the vocabulary "
+                "to a multiple of --make-vocab-size-divisible-by times the tensor parallel size. "
+                "%s; unless that is wanted, choose the number so that there are %d rows",
+                tensor.key,
+                rows,
+                wanted,
+                "New rows start as zeros, and the loss jumps until they are trained away"
+                if wanted > rows
+                else "The last rows are dropped",
+                rows,
+            )
+            return
 
 
 @dataclass

@@ -68,7 +68,8 @@ _CONVERTIBLE: dict[str, Callable[[Any, Any], bool]] = {
     "optimizer": hold_same_state,
     "master_bits": can_convert_correction,
 }
-_WEIGHTS_ALONE = "--no-load-optim --no-load-rng, or --finetune"
+# Flags that load no optimizer state.
+WEIGHTS_ALONE = "--no-load-optim --no-load-rng, or --finetune"
 
 BUCKETS = "buckets"
 # Numbers that stand for the buckets of each data-parallel group, where BUCKETS has those of the
@@ -171,7 +172,7 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -
         raise ValueError(
             "the checkpoint holds no flash optimizer state (it was written by another optimizer). "
             "Megatron's Adam is converted from --ckpt-format torch_dist only. Load the weights "
-            f"alone with {_WEIGHTS_ALONE}"
+            f"alone with {WEIGHTS_ALONE}"
         )
     if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
         raise ValueError(f"the checkpoint's {KEY} metadata has no version: {saved!r}")
@@ -186,19 +187,29 @@ def check(saved: dict[str, Any] | None, flash: FlashOptimConfig, weights: str) -
         converts = _CONVERTIBLE.get(name)
         if theirs == wanted[name] or (converts and converts(theirs, wanted[name])):
             continue
-        otherwise = "use the same value, or --no-load-optim"
-        if name == "optimizer":
-            otherwise = f"the moments of one are not those of the other. {_from_zero(flash)}"
         raise ValueError(
             f"the checkpoint was saved with {name} {theirs}, this run has {wanted[name]}; "
-            + otherwise
+            + _otherwise(name, flash)
         )
+
+
+def _otherwise(name: str, flash: FlashOptimConfig) -> str:
+    """Return what to do where a field of the format is not converted on load."""
+    if name == "optimizer":
+        return f"the moments of one are not those of the other. {_from_zero(flash)}"
+    if name == "exp_avg_sq_code":
+        return (
+            f"`megatron-flashoptim convert --to flash --exp-avg-sq-code {flash.exp_avg_sq_code}` "
+            "changes it and keeps masters, moments and schedule; or use the same value; or load "
+            f"the weights alone with {WEIGHTS_ALONE}"
+        )
+    return f"use the same value, or load the weights alone with {WEIGHTS_ALONE}"
 
 
 def _from_zero(flash: FlashOptimConfig) -> str:
     return (
         f"`megatron-flashoptim convert --to flash --optimizer {flash.optimizer}` keeps the masters "
-        f"and starts the moments at zero; or load the weights alone with {_WEIGHTS_ALONE}"
+        f"and starts the moments at zero; or load the weights alone with {WEIGHTS_ALONE}"
     )
 
 
@@ -266,7 +277,7 @@ def check_stock(content: dict[str, Any] | None, flash: FlashOptimConfig) -> None
         raise ValueError(
             f"the checkpoint has no flash optimizer state, and Megatron's Adam is not converted "
             f"from the sharding type {sharding_type!r}; supported: "
-            f"{', '.join(STOCK_SHARDING_TYPES)}. Load the weights alone with {_WEIGHTS_ALONE}"
+            f"{', '.join(STOCK_SHARDING_TYPES)}. Load the weights alone with {WEIGHTS_ALONE}"
         )
 
 

@@ -178,7 +178,7 @@ def _print_result(conversion: Conversion, result: Result, seconds: float) -> Non
             + (f" and {more} more" if more else "")
         )
     if report and conversion.request.target == "flash":
-        print(report.text())
+        print(report.text(by_ranks=False))
     elif report:
         print(f"{report.elements} elements in {report.parameters} parameters, decoded exactly")
     print(

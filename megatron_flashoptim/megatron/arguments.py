@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.megatron.release.support import refusal as release_refusal
@@ -93,6 +93,8 @@ REPORT = "--report-theoretical-memory"
 def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the optimizer choices and flags to Megatron's parser, and check them after parsing.
 
+    What is wrong with them is one line without Megatron's usage, and exit code 2.
+
     Raises:
         RuntimeError: the parser has no ``--optimizer`` with choices.
     """
@@ -122,15 +124,24 @@ def add_flash_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
             help="Print Megatron's theoretical memory figures once the optimizer is built, before "
             "the first iteration, whatever the optimizer. After it Megatron prints them by itself.",
         )
-    parse_known_args = parser.parse_known_args
+    parse_known_args, with_usage = parser.parse_known_args, parser.error
+
+    def refuse(message: str) -> NoReturn:
+        # Megatron's usage is hundreds of lines, printed by every rank.
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
         namespace, rest = parse_known_args(*args, **kwargs)
-        _select(parser.error, namespace)
+        _select(refuse, namespace)
         return namespace, rest
 
-    # Of this parser alone; parse_args calls it.
+    def error(message: str) -> NoReturn:
+        # argparse's own messages name the flag and what was given: --flash-..., flash_....
+        (refuse if "flash" in message else with_usage)(message)
+
+    # Of this parser alone; parse_args calls them.
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign]  # replaced on purpose
+    parser.error = error  # type: ignore[method-assign]  # likewise
     return parser
 
 

@@ -10,6 +10,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron_flashoptim.codec.spec import GROUP_SIZE
@@ -120,6 +121,8 @@ def _factory() -> Any:
 def before_load(sharded_state_dict: Any, checkpoint_dir: str) -> None:
     """Check a ``torch_dist`` checkpoint's files, and tell the state dict where they are.
 
+    Warns where it has other rows of the vocabulary.
+
     Args:
         sharded_state_dict: as given to ``dist_checkpointing.load`` next.
         checkpoint_dir: folder of one iteration.
@@ -128,9 +131,9 @@ def before_load(sharded_state_dict: Any, checkpoint_dir: str) -> None:
         ValueError: names the files that are missing or too short.
     """
     from megatron_flashoptim.checkpoint.damage import check_files_together
-    from megatron_flashoptim.checkpoint.loading import tell_folder
+    from megatron_flashoptim.checkpoint.loading import tell_folder, warn_of_other_rows
 
-    check_files_together(checkpoint_dir)
+    check_files_together(checkpoint_dir, partial(warn_of_other_rows, sharded_state_dict))
     tell_folder(sharded_state_dict, checkpoint_dir)
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_flashoptim.megatron import versions
-from megatron_flashoptim.megatron.hooks import plain_adam, selected
+from megatron_flashoptim.megatron.hooks import before_load, plain_adam, selected
 
 logger = logging.getLogger(__name__)
 
@@ -183,17 +183,21 @@ def wrap_params_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what loads a checkpoint, and for a flash optimizer looks at its files before."""
+    """Return what loads a checkpoint, and for a flash optimizer looks at its files before.
+
+    For others it says what a checkpoint of flash state is, once it could not be loaded.
+    """
 
     def load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if selected() is not None:
-            from megatron_flashoptim.checkpoint.damage import check_files_together
-
-            check_files_together(checkpoint_dir)
         from megatron_flashoptim.checkpoint.loading import tell_folder
+        from megatron_flashoptim.checkpoint.other_optimizer import told_of_flash_state
 
-        tell_folder(sharded_state_dict, checkpoint_dir)
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        if selected() is not None:
+            before_load(sharded_state_dict, checkpoint_dir)
+        else:
+            tell_folder(sharded_state_dict, checkpoint_dir)
+        with told_of_flash_state(sharded_state_dict, checkpoint_dir):
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     return load
 

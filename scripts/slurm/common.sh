@@ -96,7 +96,7 @@ default_python() {
 check_python() {
     if [ -z "$CONTAINER$SETUP" ] && ! command -v "$PYTHON" >/dev/null; then
         die "PYTHON='$PYTHON': no such interpreter; name that of the environment, make one with \
-scripts/quickstart.sh, or set CONTAINER"
+bash -c '. $REPO/scripts/environment.sh && ensure_environment', or set CONTAINER"
     fi
 }
 

@@ -285,7 +285,11 @@ submit_job() {
     show_variables "${BASH_SOURCE[0]}"
     echo "# The job runs, once:"
     show "${STEP[@]}" ...
-    echo "# which runs on each of $NODES nodes, with PET_NODE_RANK=0 to $((NODES - 1)):"
+    if [ "$NODES" -eq 1 ]; then
+        echo "# which runs on the node, with PET_NODE_RANK=0:"
+    else
+        echo "# which runs on each of $NODES nodes, with PET_NODE_RANK=0 to $((NODES - 1)):"
+    fi
     show "${COMMAND[@]}"
 }
 

@@ -29,6 +29,11 @@ REFUSED = {
     "group_size": (64, "group_size 64, this run has 32"),
     "weights": ("float32", "weights float32, this run has bfloat16"),
     "optimizer": ("flash_lion", "optimizer flash_lion, this run has flash_adamw"),
+    "exp_avg_sq_code": (
+        "fourth_root",
+        "exp_avg_sq_code fourth_root, this run has sqrt; "
+        "`megatron-flashoptim convert --to flash --exp-avg-sq-code sqrt` changes it and keeps",
+    ),
     "version": (99, "format version 99, this release reads up to 1"),
 }
 

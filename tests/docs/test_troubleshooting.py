@@ -6,12 +6,14 @@ separated by commas), … standing for values; an … at either end for more tex
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import re
 from functools import cache
 from pathlib import Path
 
+import pytest
 from source_messages import (
     REPOSITORY,
     VALUE,
@@ -22,6 +24,8 @@ from source_messages import (
     template,
     texts,
 )
+
+from megatron_flashoptim.megatron.arguments import add_flash_arguments
 
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 SAID_BY_MEGATRON = "## Said by Megatron"
@@ -44,6 +48,13 @@ INTERNAL = {
     "… cannot be used with …": "Megatron-Bridge's beginning of the rules' own refusals",
 }
 
+WITHOUT_LAUNCHER = "--optimizer flash_adamw"
+WRONG_LINES = (
+    WITHOUT_LAUNCHER,
+    "--optimizer flash_adamw --flash-master-bits 20",
+    "--optimizer adam --flash-master-bit 24",
+)
+
 
 def quoted(text: str) -> list[str]:
     """Return the messages at the starts of a page's list items."""
@@ -62,9 +73,10 @@ def covers(message: str, text: str) -> bool:
     return pattern(message).fullmatch(text) is not None
 
 
-def test_every_quoted_message_is_in_the_source() -> None:
+def test_every_quoted_message_is_in_the_source(capsys: pytest.CaptureFixture[str]) -> None:
     ours, megatrons = PAGE.read_text().split(f"\n{SAID_BY_MEGATRON}\n")
     written = [*texts(REPOSITORY / "megatron_flashoptim"), *texts(REPOSITORY / "scripts")]
+    written += _said_by_argparse(capsys)
     unknown = [
         message
         for message in quoted(ours)
@@ -108,6 +120,21 @@ def test_internal_messages_are_still_there() -> None:
         if not any(message.place.startswith(file) for message in found)
     ]
     assert not gone, f"take out of INTERNAL or INTERNAL_FILES: {gone}"
+
+
+def _said_by_argparse(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return what is said of wrong command lines, without the plugin and with it."""
+    said = []
+    for wrong in WRONG_LINES:
+        parser = argparse.ArgumentParser(prog="pretrain_gpt.py", allow_abbrev=False)
+        parser.add_argument("--optimizer", choices=["adam", "sgd"])
+        if wrong != WITHOUT_LAUNCHER:
+            add_flash_arguments(parser)
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong.split())
+        last = capsys.readouterr().err.splitlines()[-1]
+        said.append(last.removeprefix("pretrain_gpt.py: error: "))
+    return said
 
 
 def _told(missing: list[Message], where: str) -> str:

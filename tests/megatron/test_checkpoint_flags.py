@@ -13,6 +13,8 @@ import torch
 from checkpoint_state import assert_same_state
 from ranks import run_ranks
 
+from megatron_flashoptim import FlashOptimConfig
+
 FULL = "--dist-ckpt-optim-fully-reshardable"
 
 
@@ -316,3 +318,66 @@ def test_what_could_not_be_saved_is_refused_before_training(tmp_path: Path) -> N
         assert "elements of decoder.layers.mlp." in told["fully"]
         assert "Save with dp_reshardable" in told["fully"]
         assert told["dp"] == told["weights alone"] == ""
+
+
+def _adams_errors(folders: dict[str, Path]) -> dict[str, str]:
+    """Return the errors of plain Adam loading checkpoints of flash optimizers."""
+    from exact_adamw import use_as_megatrons_adam
+    from megatron.core import parallel_state
+    from megatron.training import global_vars
+
+    use_as_megatrons_adam()
+    said = {}
+    flags = f"{FULL} --optimizer adam"
+    for name, folder in folders.items():
+        said[name] = _error(folder, flags, flash=None)
+        parallel_state.destroy_model_parallel()
+        global_vars.unset_global_variables()
+    other = next(iter(folders.values()))
+    said["of another model"] = _error(other, f"{flags} --no-load-optim", flash=None, hidden=128)
+    return said
+
+
+def test_plain_adam_is_told_in_one_line_that_a_checkpoint_is_of_a_flash_optimizer(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folders = {"model space": checkpoint}
+    for name, flags, options in (
+        ("buckets", "", {}),
+        ("lion", f"{FULL} --optimizer flash_lion", {"flash": FlashOptimConfig("flash_lion")}),
+    ):
+        folders[name] = tmp_path / name
+        run_ranks(1, _train, folders[name], flags, 1, save_at=(1,), **options)
+    (said,) = run_ranks(1, _adams_errors, folders)
+    weights = "load the weights alone with --no-load-optim --no-load-rng, or --finetune"
+    for name, optimizer in (
+        ("model space", "flash_adamw"),
+        ("buckets", "flash_adamw"),
+        ("lion", "flash_lion"),
+    ):
+        start = f"ValueError: the checkpoint in {folders[name]}/iter_0000001 was saved with"
+        assert said[name].startswith(f"{start} --optimizer {optimizer}, and this run has")
+        assert "\n" not in said[name] and said[name].endswith(weights)
+        assert ("convert --to adam" in said[name]) is (name != "lion")
+    assert "save once with --dist-ckpt-optim-fully-reshardable" in said["buckets"]
+    assert "layer_norm_weight" in said["of another model"]
+
+
+def _warned(folder: Path, **options: Any) -> list[str]:
+    import checkpoints
+
+    logged = checkpoints.collect_log()
+    _train(folder, f"{FULL} --make-vocab-size-divisible-by 1", 0, load=True, **options)
+    return [message for message in logged if "rows in the checkpoint" in message]
+
+
+@pytest.mark.parametrize("vocab", [256, 272])
+def test_other_rows_of_the_vocabulary_are_warned_of_once(vocab: int, checkpoint: Path) -> None:
+    first, second = run_ranks(2, _warned, checkpoint, vocab=vocab, tp=2)
+    assert second == []
+    if vocab == 256:
+        assert first == []
+        return
+    (warning,) = first
+    assert "embedding.word_embeddings.weight has 256 rows in the checkpoint and 272" in warning
+    assert "New rows start as zeros" in warning and warning.endswith("there are 256 rows")

@@ -24,7 +24,7 @@ BASE = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 6
 
 
 def _parse(*flags: str, base: list[str] = BASE) -> Any:
-    """Parse as a training script does; returns the namespace or the error message."""
+    """Parse as a training script does; returns the namespace or all that is said of an error."""
     from megatron.training import arguments
 
     megatron_flashoptim.install()
@@ -33,8 +33,9 @@ def _parse(*flags: str, base: list[str] = BASE) -> Any:
     try:
         with contextlib.redirect_stderr(errors):
             return arguments.parse_args()
-    except SystemExit:
-        return errors.getvalue().strip().split("error: ")[-1]
+    except SystemExit as end:
+        assert end.code == 2
+        return errors.getvalue().strip().removeprefix("pretrain_gpt.py: error: ")
 
 
 def _fields(*flags: str) -> dict[str, Any]:
@@ -105,6 +106,8 @@ REFUSED = {
     "--flash-master-bits 16": ("--flash-master-bits 16", "--flash-master-rounding stochastic"),
     "--flash-master-bits 20": ("--flash-master-bits", "choose from 16, 24, 32"),
     "--flash-rounding up": ("--flash-rounding", "stochastic"),
+    "--flash-master-bit 24": ("unrecognized arguments", "--flash-master-bit 24"),
+    "--optimizer flash_adam_w": ("argument --optimizer", "flash_adam_w", "flash_adamw"),
 }
 
 
@@ -113,7 +116,7 @@ def test_unsupported_combination_is_one_clear_error_at_parsing(flags: str) -> No
     base = [flag for flag in BASE if not (flag == "--bf16" and flags == "--fp16")]
     (message,) = _in_fork(_parse, "--optimizer", "flash_adamw", *flags.split(), base=base)
     assert isinstance(message, str), "accepted"
-    assert "\n" not in message
+    assert "\n" not in message, "Megatron's usage"
     for part in REFUSED[flags]:
         assert part in message
 
@@ -140,6 +143,11 @@ def test_flash_adamw_needs_the_distributed_optimizer() -> None:
 def test_flash_flags_without_a_flash_optimizer_are_refused() -> None:
     (message,) = _in_fork(_parse, "--optimizer", "adam", "--flash-master-bits", "32")
     assert "--flash-master-bits given with --optimizer adam" in message
+
+
+def test_an_error_in_megatrons_own_options_is_told_as_megatron_does() -> None:
+    (message,) = _in_fork(_parse, "--optimizer", "flash_adamw", "--bf17")
+    assert message.startswith("usage: ") and "unrecognized arguments: --bf17" in message
 
 
 def _in_fork(body: Any, *args: Any, **kwargs: Any) -> list[Any]:

@@ -97,7 +97,8 @@ def test_state_is_that_of_stock_encoded(case: str, tmp_path: Path) -> None:
     assert not any(rank["told"] for rank in flash), "this Adam says nowhere how it decayed"
     (message,) = flash[0]["logged"]
     assert (
-        "parameter ranges" in message
+        " without a problem: " in message
+        and "parameters (one that ranks share is counted by each)" in message
         and "(moments: largest is relative" in message
         and not any(rank["logged"] for rank in flash[1:])
     )

@@ -415,8 +415,9 @@ class GradientRelease:
         """Return one line: memory of gradients, and what they would take without release."""
         whole = sum(region.nbytes for entry in self.groups for region in entry.regions)
         return (
-            f"gradient release: {len(self._group_of)} buckets of {whole / 1e6:.1f} MB take turns "
-            f"in {len(self.pool.slots)} slots of {self.pool.memory.nbytes / 1e6:.1f} MB together"
+            f"gradient release: buckets: {len(self._group_of)}, of {whole / 1e6:.1f} MB together; "
+            f"slots of memory for them: {len(self.pool.slots)}, of "
+            f"{self.pool.memory.nbytes / 1e6:.1f} MB together"
         )
 
 
