@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,19 @@ def check_manifest(folder: str | Path) -> None:
     Raises:
         ValueError: names the manifest where it is damaged, or the file that is another.
     """
+    for name in not_of_the_manifest(folder):
+        raise ValueError(
+            f"the checkpoint in {folder} is damaged: {name} is not the file of which "
+            f"{_MANIFEST} has a hash. {WAYS_OUT}"
+        )
+
+
+def not_of_the_manifest(folder: str | Path) -> Iterator[str]:
+    """Yield the files that are others than Megatron's integrity manifest says, as above.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
     manifest = Path(folder, _MANIFEST)
     if not manifest.is_file():
         return
@@ -123,10 +137,7 @@ def check_manifest(folder: str | Path) -> None:
             continue
         with open(file, "rb") as opened:
             if hashlib.file_digest(opened, algorithm).hexdigest() != digest:
-                raise ValueError(
-                    f"the checkpoint in {folder} is damaged: {name} is not the file of which "
-                    f"{_MANIFEST} has a hash. {WAYS_OUT}"
-                )
+                yield name
 
 
 def check_files_together(folder: str | Path) -> None:
