@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 # Files to name in an error; a damaged file system may have thousands.
 _MAX_NAMED = 5
 # Megatron's, of --verify-integrity: a hash of each file.
-_MANIFEST = "integrity.json"
+MANIFEST = "integrity.json"
 # For whoever reads it, a run or a command.
 WAYS_OUT = (
     "Copy it again from where it is whole, or take an earlier iteration (--ckpt-step N of a run, "
@@ -112,7 +112,7 @@ def check_manifest(folder: str | Path) -> None:
     for name in not_of_the_manifest(folder):
         raise ValueError(
             f"the checkpoint in {folder} is damaged: {name} is not the file of which "
-            f"{_MANIFEST} has a hash. {WAYS_OUT}"
+            f"{MANIFEST} has a hash. {WAYS_OUT}"
         )
 
 
@@ -122,7 +122,7 @@ def not_of_the_manifest(folder: str | Path) -> Iterator[str]:
     Raises:
         ValueError: the manifest is damaged.
     """
-    manifest = Path(folder, _MANIFEST)
+    manifest = Path(folder, MANIFEST)
     if not manifest.is_file():
         return
     try:

@@ -15,7 +15,12 @@ from zipfile import ZipFile
 
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
-from megatron_flashoptim.checkpoint.damage import not_of_the_manifest, read_metadata, reason
+from megatron_flashoptim.checkpoint.damage import (
+    MANIFEST,
+    not_of_the_manifest,
+    read_metadata,
+    reason,
+)
 from megatron_flashoptim.checkpoint.folder import check_format
 from megatron_flashoptim.checkpoint.torch_file import (
     CHANGED,
@@ -110,7 +115,8 @@ def _legacy_files(folder: Path) -> dict[str, list[Item]]:
 def _files(folder: Path, found: Found) -> dict[str, list[Item]]:
     """Return the items in each file of a ``torch_dist`` checkpoint, and look at all others."""
     check_format(folder)
-    described = [".metadata", "metadata.json"]
+    described = [folder / name for name in (".metadata", "metadata.json", MANIFEST)]
+    described = [file for file in described if file.is_file()]
     metadata = read_metadata(folder)
     for name in not_of_the_manifest(folder):
         found.damaged.append(f"{name}: not the file of which the integrity manifest has a hash")
@@ -123,7 +129,7 @@ def _files(folder: Path, found: Found) -> dict[str, list[Item]]:
     if common.is_file():  # of releases before 0.19
         files[common.name] = [Item("", 0, common.stat().st_size, True)]
     found.files = len(described)
-    found.read = sum((folder / name).stat().st_size for name in described)
+    found.read = sum(file.stat().st_size for file in described)
     return dict(sorted(files.items()))
 
 

@@ -139,6 +139,22 @@ def test_all_that_is_damaged_is_named_by_processes_side_by_side_too(
     assert re.fullmatch(rf"{file.name}: No such file .*, with \S+ and \d+ more", found_missing)
 
 
+def test_files_beside_the_tensors_are_compared_too(whole: Path, tmp_path: Path) -> None:
+    """The common state of releases before 0.19, and what only a manifest has a sum of."""
+    from megatron.core.dist_checkpointing.validation import save_integrity_manifest
+
+    folder = Path(shutil.copytree(whole / "flash", tmp_path / "flash"))
+    torch.save({"optimizer": [{"lr": torch.ones(99)}]}, folder / "common.pt")
+    _flip(folder / "common.pt", (folder / "common.pt").read_bytes().index(b"\0\0\x80\x3f" * 99))
+    save_integrity_manifest(str(folder))
+    with open(folder / "metadata.json", "a") as file:
+        file.write(" ")
+    assert _damaged(folder) == [
+        "metadata.json: not the file of which the integrity manifest has a hash",
+        "common.pt: optimizer.0.lr: its bytes are not those that were saved, by their CRC-32",
+    ]
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "flash"])
 def test_a_legacy_checkpoint_names_its_tensors(optimizer: str, whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole / f"legacy_{optimizer}", tmp_path / "iter_0000001"))
