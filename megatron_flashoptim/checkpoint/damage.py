@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 # Files to name in an error; a damaged file system may have thousands.
 _MAX_NAMED = 5
 # Megatron's, of --verify-integrity: a hash of each file.
-_MANIFEST = "integrity.json"
+MANIFEST = "integrity.json"
 # For whoever reads it, a run or a command.
 WAYS_OUT = (
     "Copy it again from where it is whole, or take an earlier iteration (--ckpt-step N of a run, "
@@ -113,7 +113,20 @@ def check_manifest(folder: str | Path) -> None:
     Raises:
         ValueError: names the manifest where it is damaged, or the file that is another.
     """
-    manifest = Path(folder, _MANIFEST)
+    for name in not_of_the_manifest(folder):
+        raise ValueError(
+            f"the checkpoint in {folder} is damaged: {name} is not the file of which "
+            f"{MANIFEST} has a hash. {WAYS_OUT}"
+        )
+
+
+def not_of_the_manifest(folder: str | Path) -> Iterator[str]:
+    """Yield the files that are others than Megatron's integrity manifest says, as above.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    manifest = Path(folder, MANIFEST)
     if not manifest.is_file():
         return
     try:
@@ -128,10 +141,7 @@ def check_manifest(folder: str | Path) -> None:
             continue
         with open(file, "rb") as opened:
             if hashlib.file_digest(opened, algorithm).hexdigest() != digest:
-                raise ValueError(
-                    f"the checkpoint in {folder} is damaged: {name} is not the file of which "
-                    f"{_MANIFEST} has a hash. {WAYS_OUT}"
-                )
+                yield name
 
 
 def check_files_together(

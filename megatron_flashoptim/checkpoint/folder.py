@@ -133,7 +133,8 @@ def _check_common(reader: CheckpointReader) -> None:
     file = reader.folder / COMMON_STATE_FNAME
     if file.is_file():
         try:
-            check_archive(file.read_bytes())
+            with open(file, "rb") as opened:
+                check_archive(opened)
         except Exception as problem:  # a damaged archive raises anything
             raise unreadable(file, problem) from problem
     elif COMMON_KEY in reader.byte_strings():

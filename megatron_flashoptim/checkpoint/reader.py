@@ -7,6 +7,7 @@ collective: each process reads what it wants.
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ class CheckpointReader:
             found: bytes = file.read(info.length)
         if self._sound is not None:
             try:
-                check_archive(found)
+                check_archive(io.BytesIO(found))
             except Exception as problem:
                 raise self._damaged(info.relative_path, key, problem) from problem
         return found

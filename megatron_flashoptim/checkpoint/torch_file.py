@@ -17,16 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
 
-# Of a record in a zip archive: what is in front of its name, and where the name's length is.
+# Of a record in a zip archive: how it begins, what is in front of its name, and where the name's
+# length is.
+_HEADER = b"PK\3\4"
 _HEADER_BYTES = 30
 _LENGTHS = struct.Struct("<26xHH")
 # Bytes whose CRC-32 is computed at once.
 _AT_ONCE = 1 << 20
-_CHANGED = "its bytes are not those that were saved, by their CRC-32"
+CHANGED = "its bytes are not those that were saved, by their CRC-32"
 
 
 @dataclass(frozen=True)
@@ -63,41 +65,77 @@ def locate(
         ValueError: it is no single tensor, or compressed.
         BadZipFile, EOFError, UnpicklingError: it is damaged.
     """
-    with ZipFile(io.BufferedReader(_Part(file, offset, length))) as archive:
-        records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+    with ZipFile(part(file, offset, length)) as archive:
+        records = {_name(record): record for record in archive.infolist()}
+        if checked and changed_records(file, offset, archive):
+            raise BadZipFile(CHANGED)
     if "data.pkl" not in records:
         raise BadZipFile("not written by torch.save")
     description = records["data.pkl"]
     start = _start(file, offset, description)
-    # After torch.serialization.set_crc32_options(False) it is 0 for every record.
-    has_crc = description.CRC != 0
-    if has_crc and _crc(file, start, description.file_size) != description.CRC:
-        raise BadZipFile(_CHANGED)
     file.seek(start)
-    tensor = _Description(io.BytesIO(file.read(description.file_size))).load()
+    content = file.read(description.file_size)
+    if description.CRC and zlib.crc32(content) != description.CRC:
+        raise BadZipFile(CHANGED)
+    tensor = _Description(io.BytesIO(content)).load()
     if not isinstance(tensor, _Tensor):
         raise ValueError("holds something else than a tensor")
     record = records[f"data/{tensor.storage}"]
     start = _start(file, offset, record)
-    if checked and has_crc and _crc(file, start, record.file_size) != record.CRC:
-        raise BadZipFile(_CHANGED)
     return Stored(name, start, tensor.first, tuple(tensor.shape), tuple(tensor.strides))
 
 
-def check_archive(content: bytes) -> None:
+def check_archive(file: IO[bytes]) -> None:
     """Compare all that ``torch.save`` wrote with its CRC-32.
 
     Args:
-        content: a whole archive; other bytes are let pass, for they have no sum.
+        file: a whole archive; other bytes are let pass, for they have no sum.
 
     Raises:
         BadZipFile: it is damaged.
     """
-    if not content.startswith(b"PK"):
-        return
-    with ZipFile(io.BytesIO(content)) as archive:
-        if any(record.CRC for record in archive.infolist()) and archive.testzip() is not None:
-            raise BadZipFile(_CHANGED)
+    if is_archive(file):
+        with ZipFile(file) as archive:
+            if changed_records(file, 0, archive):
+                raise BadZipFile(CHANGED)
+
+
+def is_archive(file: IO[bytes]) -> bool:
+    """Return whether bytes are an archive, be it with a damaged beginning or a damaged end."""
+    file.seek(0)
+    return file.read(2) == b"PK" or is_zipfile(file)
+
+
+def changed_records(file: IO[bytes], offset: int, archive: ZipFile) -> list[str] | None:
+    """Compare all records of an archive with their CRC-32, a little at a time in memory.
+
+    Args:
+        file: that the archive is in.
+        offset: byte at which it begins.
+        archive: the same, opened.
+
+    Returns:
+        The names of those that are other bytes than were saved; None where there is nothing to
+        compare with: after ``torch.serialization.set_crc32_options(False)`` all sums are 0.
+    """
+    records = archive.infolist()
+    if not any(record.CRC for record in records):
+        return None
+    return [
+        _name(record)
+        for record in records
+        if _crc(file, _start(file, offset, record), record.file_size) != record.CRC
+    ]
+
+
+def part(file: IO[bytes], offset: int, length: int) -> IO[bytes]:
+    """Return a part of a file, in bytes, as a file of its own."""
+    return io.BufferedReader(_Part(file, offset, length))
+
+
+def _name(record: ZipInfo) -> str:
+    """Return a record's name without the folder that all of an archive are in."""
+    return record.filename.partition("/")[2]
 
 
 def _start(file: IO[bytes], offset: int, record: ZipInfo) -> int:
@@ -105,7 +143,10 @@ def _start(file: IO[bytes], offset: int, record: ZipInfo) -> int:
     if record.compress_type != ZIP_STORED:
         raise ValueError("is compressed")
     file.seek(offset + record.header_offset)
-    lengths: tuple[int, ...] = _LENGTHS.unpack(file.read(_HEADER_BYTES))
+    header = file.read(_HEADER_BYTES)
+    if not header.startswith(_HEADER):
+        raise BadZipFile(CHANGED)
+    lengths: tuple[int, ...] = _LENGTHS.unpack(header)
     return offset + int(record.header_offset) + _HEADER_BYTES + sum(lengths)
 
 
@@ -203,3 +244,80 @@ def _tensor(
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+def tensor_names(archive: ZipFile) -> dict[str, str]:
+    """Return where in the saved object the tensor of each record is, as ``model.layer.weight``.
+
+    Calls nothing that the pickle names: what is neither tensor nor container is left out.
+
+    Raises:
+        Exception: the pickle is damaged.
+    """
+    (pickled,) = (record for record in archive.infolist() if _name(record) == "data.pkl")
+    found: dict[str, str] = {}
+
+    def look_into(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, _Tensor):
+            found.setdefault(f"data/{value.storage}", ".".join(path))
+        elif isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, each in items:
+                look_into(each, (*path, str(key)))
+
+    look_into(_Names(io.BytesIO(archive.read(pickled))).load(), ())
+    return found
+
+
+class _Names(_Description):
+    """Reads any object for the tensors in it; other objects become stand-ins."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what builds a tensor or a container, or a stand-in."""
+        if module.startswith("torch.") and name in _REBUILT:
+            return _REBUILT[name]
+        if module == "collections" and name in ("OrderedDict", "defaultdict"):
+            return _Dict
+        return _Kind(name, (_StandIn,), {})
+
+
+class _Dict(dict[Any, Any]):
+    """Of the kinds of dict that a pickle makes, with attributes and a factory or not."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+
+class _Kind(type):
+    """Class of stand-ins, named as in Python where it is a key, as dtypes are in Megatron's."""
+
+    def __repr__(cls) -> str:
+        return cls.__name__
+
+
+class _StandIn(metaclass=_Kind):
+    """Takes whatever a pickle does to an object."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _StandIn:
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        """Take an element."""
+
+    def extend(self, _: Any) -> None:
+        """Take elements."""
+
+
+# Functions of torch that a pickle names around a tensor.
+_REBUILT: dict[str, Any] = {
+    "_rebuild_tensor_v2": _tensor,
+    "_rebuild_tensor_v3": _tensor,
+    "_rebuild_parameter": lambda tensor, *_: tensor,
+    "_rebuild_from_type_v2": lambda rebuild, _, arguments, *__: rebuild(*arguments),
+}

@@ -54,14 +54,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, default=1, metavar="N", help="read side by side (default: 1)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="instead of all that, read every file once and compare its bytes with the CRC-32 "
+        "saved beside them; takes the legacy torch format too",
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.verify:
+        _verify(options)
+        return
     draws = _draws(options)
     if options.against_iteration is not None and options.against is None:
         raise UsageError("--against-iteration needs --against")
-    if options.processes < 1:
-        raise UsageError(f"--processes {options.processes}: at least 1")
+    _check_processes(options)
     for name in (options.report, options.json):
         if name is not None and not Path(name).absolute().parent.is_dir():
             raise UsageError(f"{Path(name).absolute().parent} for {name} is no folder; make it")
@@ -118,6 +126,45 @@ def _run(options: argparse.Namespace) -> None:
         report = Path(options.report or default_report(*both))
         drawing.write(report, inspection, comparison, text)
         print(f"\nwritten: {report}")
+
+
+def _check_processes(options: argparse.Namespace) -> None:
+    if options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: at least 1")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    """Print what is damaged, a line each.
+
+    Raises:
+        ValueError: something is.
+    """
+    for flag in ("against", "against_iteration", "layers", "report", "json"):
+        if getattr(options, flag):
+            given = "--" + flag.replace("_", "-")
+            raise UsageError(f"{given} cannot be used with --verify, which only compares bytes")
+    _check_processes(options)
+
+    from megatron_flashoptim.checkpoint.damage import WAYS_OUT
+    from megatron_flashoptim.checkpoint.iterations import iteration_folder
+    from megatron_flashoptim.checkpoint.side_by_side import pool
+    from megatron_flashoptim.checkpoint.verification import verify
+
+    folder = iteration_folder(options.checkpoint, options.iteration)
+    with Progress("bytes") as progress, pool(options.processes) as executor:
+        found = verify(folder, _if_large(progress), executor=executor)
+    print(folder)
+    for line in found.damaged:
+        print(f"damaged: {line}")
+    print(
+        f"{found.read} bytes read in {found.seconds:.1f} s: {found.items} items in "
+        f"{found.files} files, {len(found.damaged) or 'none'} damaged"
+    )
+    if found.without_sums:
+        print(f"{found.without_sums} of these bytes were saved without a CRC-32 to compare with")
+    if found.damaged:
+        sys.stdout.flush()
+        raise ValueError(f"the checkpoint in {folder} is damaged, see above. {WAYS_OUT}")
 
 
 def _draws(options: argparse.Namespace) -> bool:
@@ -249,22 +296,24 @@ def _finite(value: float) -> float | None:
 
 COMMAND = Command(
     name="inspect",
-    summary="what is in a checkpoint, layer by layer, and how good it is",
+    summary="what is in a checkpoint, how good it is, whether damaged",
     description=(
         "Prints what a torch_dist checkpoint is, its bytes, and for each tensor over all layers:\n"
         "norms, quantization error, shares of codes and scales. Of Megatron's own Adam, what\n"
         "flash_adamw would make of it. Writes a report with the distributions. Reads a part of\n"
-        "a tensor at a time, needs no GPU and changes nothing."
+        "a tensor at a time, needs no GPU and changes nothing. With --verify only whether each\n"
+        "byte is the one that was saved."
     ),
     examples=(
         "inspect checkpoints",
         "inspect checkpoints --iteration 1000 --layers --no-report",
         "inspect checkpoints_flash --against checkpoints_adam --report differences.html",
+        "inspect checkpoints --verify --processes 8",
     ),
     add_arguments=_add_arguments,
     run=_run,
     failure=(
-        "the checkpoint cannot be read or the two not compared, or matplotlib is missing for\n"
-        "     --report; one line on stderr says why and what to do"
+        "the checkpoint is damaged, cannot be read or the two not compared, or matplotlib is\n"
+        "     missing for --report; one line on stderr says why and what to do"
     ),
 )

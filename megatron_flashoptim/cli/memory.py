@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,28 +19,47 @@ if TYPE_CHECKING:
     from megatron_flashoptim.megatron.memory.planner import RunSize, StageSize
 
 GIB = 2**30
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes per parameter of one optimizer, bf16 weights.
+class Variant:
+    """One optimizer.
 
     Attributes:
         name: what it is.
-        gradient: bytes of gradient per parameter, on every rank.
-        state: bytes of optimizer state per parameter, main gradient included, shared by the
-            data-parallel ranks.
-        checkpoint: bytes per parameter on disk, weights included.
+        flash: whether buffers and shards are laid out as ours.
+        state: bytes per owned element.
+        grad_copy: bytes per owned element of an fp32 copy of bf16 gradients.
+        checkpoint: bytes per parameter on disk, weights included; None where it is not known.
     """
 
     name: str
-    gradient: float
+    flash: bool
     state: float
-    checkpoint: float
+    grad_copy: float = 0.0
+    checkpoint: float | None = None
 
-    def per_rank(self, data_parallel_size: int) -> float:
-        """Return bytes per parameter that one rank holds."""
-        return 2.0 + self.gradient + self.state / data_parallel_size
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes on a rank.
+
+    Attributes:
+        weights, gradients: of the buffers.
+        state: of the optimizer, shared by the data-parallel ranks, as the next is.
+        grad_copy: fp32 copy of bf16 gradients.
+    """
+
+    weights: float
+    gradients: float
+    state: float
+    grad_copy: float
+
+    @property
+    def all(self) -> float:
+        """Sum of all."""
+        return self.weights + self.gradients + self.state + self.grad_copy
 
 
 def flash_optimizers(only: str | None = None) -> list[tuple[str, Rule]]:
@@ -55,125 +74,134 @@ def flash_optimizers(only: str | None = None) -> list[tuple[str, Rule]]:
     return [(", ".join(names), rule_of(names[0])) for names in found.values()]
 
 
-def _stock_adam_bytes(grad_bytes: int) -> float:
-    """Return bytes per owned parameter that Megatron's Adam keeps beside a bf16 weight.
-
-    fp32 master and moments, and beside a bf16 gradient a main gradient: an fp32 copy made in the
-    step and held until the next iteration begins (``_copy_model_grads_to_main_grads``).
-    """
-    return 12.0 if grad_bytes == 4 else 16.0
-
-
-def footprints(grad_bytes: int, optimizer: str | None = None) -> list[Footprint]:
+def variants(weight_bytes: int, grad_bytes: int, optimizer: str | None = None) -> list[Variant]:
     """Return the optimizers side by side.
 
+    Beside a bf16 gradient Megatron's Adam has a main gradient: an fp32 copy made in the step and
+    held until the next iteration begins (``_copy_model_grads_to_main_grads``). The precision-aware
+    optimizer of Transformer Engine has none, and keeps an int16 remainder of the master. An fp8
+    moment takes 2 bytes: on GPUs before Blackwell, Transformer Engine (2.20) keeps its transpose.
+
     Args:
-        grad_bytes: bytes of a gradient.
+        weight_bytes, grad_bytes: per element; fp32 weights are the masters.
         optimizer: name of a flash optimizer, by default all of them.
     """
-    # A checkpoint of Adam holds the bf16 weight, fp32 master and moments, and no gradient.
-    adam = _stock_adam_bytes(grad_bytes)
-    rows = [Footprint("adam (fp32 master and moments)", grad_bytes, adam, 14.0)]
+    if weight_bytes == 4:
+        rows = [Variant("adam (fp32 moments)", False, 8.0)]
+    else:
+        copy = 4.0 if grad_bytes == 2 else 0.0
+        rows = [Variant("adam (fp32 master and moments)", False, 12.0, copy, 14.0)]
+        for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 4.0)):
+            rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for names, rule in flash_optimizers(optimizer):
-        for bits in sorted(MASTER_BITS, reverse=True):
-            state = flash_state_bytes(rule, bits)
-            rows.append(Footprint(f"{names}, {bits}-bit masters", grad_bytes, state, 2 + state))
+        for bits in sorted(MASTER_BITS, reverse=True) if weight_bytes == 2 else (32,):
+            name = f"{names}, {bits}-bit masters" if weight_bytes == 2 else names
+            state = flash_state_bytes(rule, bits, weight_bytes)
+            rows.append(Variant(name, True, state, checkpoint=weight_bytes + state))
     return rows
+
+
+def _table(rows: Sequence[tuple[Variant, RankBytes, str]], more: str, notes: Sequence[str]) -> str:
+    """Return a line for each optimizer, and notes on what is not self-evident.
+
+    Args:
+        rows: optimizers, their bytes and the text of further columns.
+        more: heading of these.
+        notes: on what only the caller knows.
+    """
+    width = max(32, *(len(variant.name) for variant, _, _ in rows))
+    heads = ("weights", "grads", "state", "fp32 grads")
+    columns = " ".join(f"{head:>16}" for head in heads)
+    lines = [f"{'bytes on the rank':{width}} {columns} {'GiB in all':>11}{more}"]
+    for variant, size, text in rows:
+        parts = (size.weights, size.gradients, size.state, size.grad_copy)
+        columns = " ".join(f"{part:16,.0f}" for part in parts)
+        lines.append(f"{variant.name:{width}} {columns} {size.all / GIB:11.3f}{text}")
+    lines.append("")
+    if any(size.grad_copy for _, size, _ in rows):
+        lines.append(
+            "fp32 grads: Megatron's copy of the bf16 gradients whose state the rank has, made in "
+            "the step and held until the next iteration"
+        )
+    if any("fp8" in variant.name for variant, _, _ in rows):
+        lines.append(
+            "fp8 moments take what bf16 ones do: before Blackwell, Transformer Engine 2.20 keeps "
+            "a transpose of each"
+        )
+    return "\n".join([*lines, *notes])
 
 
 def render(
     parameters: float, data_parallel_size: int, grad_bytes: int, optimizer: str | None = None
 ) -> str:
-    """Return the table for a number of parameters per model-parallel rank."""
-    rows = footprints(grad_bytes, optimizer)
-    width = max(len(row.name) for row in rows)
-    lines = [
-        f"{parameters:.4g} parameters per model-parallel rank, data-parallel size "
-        f"{data_parallel_size}, bf16 weights, {'bf16' if grad_bytes == 2 else 'fp32'} gradients",
-        "",
-        f"{'optimizer':{width}} {'bytes/param':>11} {'weights':>9} {'grads':>9} {'state':>9} "
-        f"{'rank GiB':>9} {'checkpoint':>11}",
-    ]
-    for row in rows:
-        total = row.per_rank(data_parallel_size)
-        sizes = (2.0, row.gradient, row.state / data_parallel_size, total)
-        weights, grads, state, rank = (parameters * size / GIB for size in sizes)
-        lines.append(
-            f"{row.name:{width}} {total:11.3f} {weights:9.2f} {grads:9.2f} {state:9.2f} "
-            f"{rank:9.2f} {parameters * row.checkpoint / GIB:11.2f}"
-        )
-    lines += ["", "GiB per rank; the checkpoint is that of all data-parallel ranks together."]
-    return "\n".join(lines)
+    """Return the table for a number of parameters per model-parallel rank, bf16 weights."""
+    rows = []
+    for variant in variants(2, grad_bytes, optimizer):
+        owned = parameters / data_parallel_size
+        sizes = (owned * variant.state, owned * variant.grad_copy)
+        size = RankBytes(parameters * 2, parameters * grad_bytes, *sizes)
+        saved = variant.checkpoint
+        checkpoint = "-" if saved is None else f"{parameters * saved / GIB:.3f}"
+        rows.append((variant, size, f" {size.all / parameters:11.3f} {checkpoint:>14}"))
+    title = (
+        f"{parameters:,.0f} parameters per model-parallel rank, data-parallel size "
+        f"{data_parallel_size}, 16-bit weights, {8 * grad_bytes}-bit gradients"
+    )
+    heads = f" {'bytes/param':>11} {'checkpoint GiB':>14}"
+    note = (
+        "checkpoint: of all data-parallel ranks together; the precision-aware optimizer's was not "
+        "measured"
+    )
+    return f"{title}\n\n" + _table(rows, heads, [note])
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One optimizer of a run.
-
-    Attributes:
-        name: what it is.
-        flash: whether buffers and shards are laid out as ours.
-        state: bytes per owned element.
-    """
-
-    name: str
-    flash: bool
-    state: float
-
-
-def variants(size: RunSize) -> list[Variant]:
-    """Return the optimizers of a run side by side.
-
-    The precision-aware optimizer of Transformer Engine keeps an int16 remainder of the master,
-    and no main gradient. An fp8 moment takes 2 bytes: on GPUs before Blackwell, Transformer Engine
-    (2.20) keeps its transpose, too.
-    """
-    name, rule = size.optimizer, rule_of(size.optimizer)
-    if size.weight_bytes == 4:  # the weights are the masters, and have fp32 gradients
-        flash = flash_state_bytes(rule, 16) + TABLE_BYTES
-        return [Variant("adam (fp32 moments)", False, 8.0), Variant(name, True, flash)]
-    rows = [Variant("adam (fp32 master and moments)", False, _stock_adam_bytes(size.grad_bytes))]
-    for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 4.0)):
-        rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
-    for bits in sorted(MASTER_BITS, reverse=True):
-        state = flash_state_bytes(rule, bits) + TABLE_BYTES
-        rows.append(Variant(f"{name}, {bits}-bit masters", True, state))
-    return rows
-
-
-def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> tuple[float, float, float]:
-    """Return bytes of weights, gradients and optimizer on the first rank of a pipeline stage."""
+def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> RankBytes:
+    """Return bytes on the first rank of a pipeline stage."""
     buffer = stage.flash_buffer if variant.flash else stage.stock_buffer
     owned = stage.flash_shard if variant.flash else stage.owned
     gradients = buffer
     if variant.flash and size.release_slots:  # at most: slots that only small buckets use are small
         gradients = min(buffer, size.release_slots * stage.flash_bucket)
-    weights, grads = float(buffer * size.weight_bytes), float(gradients * size.grad_bytes)
-    return weights, grads, owned * variant.state
+    state = variant.state + (TABLE_BYTES if variant.flash else 0.0)
+    return RankBytes(
+        float(buffer * size.weight_bytes),
+        float(gradients * size.grad_bytes),
+        owned * state,
+        owned * variant.grad_copy,
+    )
 
 
 def render_run(size: RunSize) -> str:
     """Return the table for Megatron's arguments, of the stage with the most parameters."""
     stage = max(size.stages, key=lambda each: each.parameters)
-    lines = [
+    title = (
         f"{stage.parameters:,} parameters on a rank of pipeline stage {stage.stage} of "
         f"{len(size.stages)}, data-parallel size {size.data_parallel_size}, "
-        f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients",
-        "",
-        f"{'bytes on the rank':32} {'weights':>18} {'grads':>18} {'state':>18} {'GiB in all':>11}",
+        f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients"
+    )
+    rows = [
+        (variant, rank_bytes(size, stage, variant), "")
+        for variant in variants(size.weight_bytes, size.grad_bytes, size.optimizer)
     ]
-    for variant in variants(size):
-        parts = rank_bytes(size, stage, variant)
-        columns = " ".join(f"{part:18,.0f}" for part in parts)
-        lines.append(f"{variant.name:32} {columns} {sum(parts) / GIB:11.3f}")
-    return "\n".join(lines)
+    notes = []
+    if stage.flash_buffer > stage.stock_buffer:
+        notes.append(
+            f"{size.optimizer}: buffers are padded by {stage.flash_buffer - stage.stock_buffer:,} "
+            "elements more than Adam's, so that each rank's part is whole groups of 32"
+        )
+    if size.release_slots:
+        notes.append(
+            f"{size.optimizer}: grads are at most this, the pool of {size.release_slots} buckets "
+            "if all were as large as the largest; Adam's are not released"
+        )
+    return f"{title}\n\n" + _table(rows, "", notes)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parameters",
-        type=_positive(float),
-        help="parameters of one model-parallel rank, e.g. 8e9",
+        type=_positive(_number),
+        help="parameters of one model-parallel rank, such as 8B, 124M or 8e9",
     )
     parser.add_argument(
         "--data-parallel-size",
@@ -253,12 +281,18 @@ def _planned(options: argparse.Namespace) -> RunSize:
         raise UsageError(str(problem)) from problem
 
 
+def _number(text: str) -> float:
+    """Return a number of parameters as people write it: 8e9, 8B, 1.3b, 124M."""
+    last = text[-1:].upper()
+    return float(text[:-1]) * _UNITS[last] if last in _UNITS else float(text)
+
+
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError as problem:
-            example = "8e9" if kind is float else "64"
+            example = "64" if kind is int else "8e9, 8B or 124M"
             raise argparse.ArgumentTypeError(f"{text}: not a number such as {example}") from problem
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
@@ -272,10 +306,15 @@ COMMAND = Command(
     summary="bytes per rank of weights, gradients and optimizer state",
     description="Compare Adam, the precision-aware optimizer and flash optimizers.\n"
     "Give a number of parameters, the arguments of a GPT's pretrain_gpt.py,\n"
-    "or a checkpoint of a GPT.",
+    "or a checkpoint of a GPT.\n\n"
+    "weights, grads  Megatron's buffers, padding included; not activations\n"
+    "state           what the optimizer keeps, shared by the data-parallel ranks\n"
+    "fp32 grads      with bf16 gradients, Megatron's Adam copies those whose state a rank\n"
+    "                has to fp32 in the step and holds the copy until the next iteration:\n"
+    "                4 bytes per parameter beside the 16 of weight, gradient and state",
     examples=(
-        "memory --parameters 8e9 --data-parallel-size 16",
-        "memory --parameters 8e9 --optimizer flash_lion",
+        "memory --parameters 8B --data-parallel-size 16",
+        "memory --parameters 8B --optimizer flash_lion",
         "memory --gpus 64 --num-layers 32 --hidden-size 4096 ...",
         "memory --gpus 64 @configs/llama3_8b.args",
         "memory --checkpoint DIR",

@@ -12,9 +12,14 @@ _WIDTH = 30
 
 
 class Progress:
-    """Shows phase, share and remaining time; call it with phase, done and total."""
+    """Shows phase, share and remaining time; call it with phase, done and total.
 
-    def __init__(self) -> None:
+    Args:
+        unit: of what is done.
+    """
+
+    def __init__(self, unit: str = "elements") -> None:
+        self._unit = unit
         self._terminal = sys.stderr.isatty()
         self._phase = ""
         self._started = 0.0
@@ -44,7 +49,7 @@ class Progress:
         known = spent > 0 and 100 * (done - self._from) >= total
         rate = (done - self._from) / spent if known else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        speed = f"  {_short(rate)}elements/s{left}" if rate else ""
+        speed = f"  {_short(rate)}{self._unit}/s{left}" if rate else ""
         text = f"{phase:10} {share:4.0%}{speed}"
         if self._terminal:
             full = round(share * _WIDTH)

@@ -24,7 +24,7 @@ from megatron_flashoptim.megatron import hooks, install, support, versions
 from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.factory import get_megatron_optimizer
 from megatron_flashoptim.optim.config import FlashOptimConfig, RoundingPolicy
-from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.footprint import TABLE_BYTES, buffer_bytes, flash_state_bytes
 from megatron_flashoptim.optim.rules import RULES
 
 try:
@@ -253,10 +253,8 @@ def _wrap_bytes_per_parameter(original: Callable[..., Any]) -> Callable[..., Any
         optimizer = config.optimizer
         if not isinstance(optimizer, FlashOptimizerConfig):
             return float(original(config, optimizer_shard_size))
-        weight = 2 if optimizer.bf16 else 4  # an fp32 weight is its own master
-        grad = 4 if config.ddp.grad_reduce_in_fp32 or not optimizer.bf16 else 2
-        bits = optimizer.flash_master_bits if optimizer.bf16 else 16
-        state = flash_state_bytes(optimizer.flash().rule, bits)
+        weight, grad = buffer_bytes(optimizer.bf16, config.ddp.grad_reduce_in_fp32)
+        state = flash_state_bytes(optimizer.flash().rule, optimizer.flash_master_bits, weight)
         return weight + grad + (state + TABLE_BYTES) / max(1, optimizer_shard_size)
 
     return bytes_per_parameter

@@ -16,6 +16,9 @@ def test_table_shows_the_bytes_of_the_formats() -> None:
     assert done.returncode == 0, done.stderr
     assert _per_parameter(done.stdout) == {
         "adam (fp32 master and moments)": 20.0,  # 4 for the fp32 main gradient
+        "precision-aware, fp32 moments": 14.0,
+        "precision-aware, bf16 moments": 10.0,
+        "precision-aware, fp8 moments": 10.0,
         "flash_adamw, flash_adam, 32-bit masters": 8.125,
         "flash_adamw, flash_adam, 24-bit masters": 7.125,
         "flash_adamw, flash_adam, 16-bit masters": 6.125,
@@ -26,21 +29,63 @@ def test_table_shows_the_bytes_of_the_formats() -> None:
 
 
 def _per_parameter(table: str) -> dict[str, float]:
-    """Return the first figure of each line, bytes per parameter, by the optimizer's name."""
-    lines = table.splitlines()[3:-2]
-    fields = (line.rsplit(maxsplit=6) for line in lines)
-    return {name: float(figure) for name, figure, *_ in fields}
+    """Return bytes per parameter of each line by the optimizer's name."""
+    return {name: float(figures[5]) for name, figures in _figures(table).items()}
+
+
+def _figures(table: str) -> dict[str, list[str]]:
+    """Return the columns of each line between heading and notes."""
+    _, body, _ = table.split("\n\n")
+    header, *lines = body.splitlines()
+    split = (line.rsplit(maxsplit=7 if "bytes/param" in header else 5) for line in lines)
+    return {name: figures for name, *figures in split}
+
+
+def test_copied_gradients_are_a_column_of_their_own_and_the_rest_is_readmes_16() -> None:
+    done = run("memory", "--parameters", "1B", "--grad-dtype", "bf16")
+    weights, grads, state, copied, *_ = _figures(done.stdout)["adam (fp32 master and moments)"]
+    found = [int(cell.replace(",", "")) for cell in (weights, grads, state, copied)]
+    assert found == [2e9, 2e9, 12e9, 4e9]
+    assert "fp32 grads: Megatron's copy" in done.stdout
+    others = [cells[3] for name, cells in _figures(done.stdout).items() if "adam (" not in name]
+    assert set(others) == {"0"}
+    assert "fp32 grads: " not in run("memory", "--parameters", "1B").stdout
+
+
+def test_padding_and_released_gradients_are_explained(megatron: None) -> None:
+    from megatron_flashoptim.cli.memory import render_run
+    from megatron_flashoptim.megatron.memory.planner import RunSize, StageSize
+
+    sizes = {"parameters": 1000, "stock_buffer": 1024, "owned": 500, "flash_shard": 1024}
+    stage = StageSize(stage=0, flash_buffer=2048, flash_bucket=700, **sizes)
+    flash = "flash_lion, 24-bit masters"
+    table = render_run(RunSize((stage,), 2, 2, 2, "flash_lion", release_slots=2))
+    assert _figures(table)[flash][:2] == ["4,096", "2,800"]
+    assert "flash_lion: buffers are padded by 1,024 elements more than Adam's" in table
+    assert "flash_lion: grads are at most this, the pool of 2 buckets" in table
+    unpadded = StageSize(stage=0, flash_buffer=1024, flash_bucket=700, **sizes)
+    table = render_run(RunSize((unpadded,), 2, 2, 2, "flash_lion"))
+    assert _figures(table)[flash][:2] == ["2,048", "2,048"] and "flash_lion: " not in table
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("8B", "8,000,000,000"), ("1.3b", "1,300,000,000"), ("124M", "124,000,000"), ("8e9", "8,000")],
+)
+def test_numbers_are_taken_as_people_write_them(given: str, shown: str) -> None:
+    assert run("memory", "--parameters", given).stdout.startswith(shown)
 
 
 def test_state_is_shared_by_the_data_parallel_ranks() -> None:
     chosen = ("--data-parallel-size", "16", "--optimizer", "flash_lion")
     done = run("memory", "--parameters", "1e9", *chosen)
     found = _per_parameter(done.stdout)
-    assert len(found) == 4, "Adam's line, and those of the chosen optimizer"
+    assert len(found) == 7, "of Adam, the precision-aware and the chosen optimizer"
     adam = "adam (fp32 master and moments)"
     assert found[adam] == 6 + 12 / 16, "fp32 gradients need no main gradient"
     assert found["flash_lion, 24-bit masters"] == pytest.approx(6 + 2.0625 / 16, abs=1e-3)
-    assert done.stdout.splitlines()[5].endswith(f"{4.0625e9 / 2**30:11.2f}"), "the checkpoint"
+    checkpoint = _figures(done.stdout)["flash_lion, 24-bit masters"][-1]
+    assert checkpoint == f"{4.0625e9 / 2**30:.3f}"
 
 
 def test_adam_is_shown_beside_flash_adamw() -> None:
@@ -48,7 +93,7 @@ def test_adam_is_shown_beside_flash_adamw() -> None:
         run("memory", "--parameters", "1e9", "--optimizer", name).stdout
         for name in ("adam", "flash_adamw")
     ]
-    assert tables[0] == tables[1] and len(_per_parameter(tables[0])) == 4
+    assert tables[0] == tables[1] and len(_per_parameter(tables[0])) == 7
 
 
 @pytest.mark.parametrize(
@@ -56,7 +101,7 @@ def test_adam_is_shown_beside_flash_adamw() -> None:
     [
         ((), "--parameters"),
         (("--parameters", "0"), "must be positive"),
-        (("--parameters", "many"), "many: not a number such as 8e9"),
+        (("--parameters", "many"), "many: not a number such as 8e9, 8B or 124M"),
         (("--parameters", "nan"), "must be positive, got nan"),
         (("--parameters", "1e9", "--grad-dtype", "fp8"), "fp8"),
         (
@@ -82,10 +127,12 @@ def test_console_script_plans_a_run_and_says_nothing_of_its_imports() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     layer = 64 * (3 * 64 + 64 + 2 * 256) + (3 * 64 + 64 + 256 + 64) + 4 * 64
     parameters = 256 * 64 + 2 * layer + 2 * 64
-    title, _, header, *rows = done.stdout.splitlines()
+    title, body, notes = done.stdout.split("\n\n")
+    header, *rows = body.splitlines()
     assert title.startswith(f"{parameters:,} parameters on a rank") and "size 2, " in title
-    assert header.split() == "bytes on the rank weights grads state GiB in all".split()
-    table = {name: figures for name, *figures in (row.rsplit(maxsplit=4) for row in rows)}
+    assert header.split() == "bytes on the rank weights grads state fp32 grads GiB in all".split()
+    table = {name: figures for name, *figures in (row.rsplit(maxsplit=5) for row in rows)}
+    assert notes.startswith("fp8 moments take what bf16 ones do") and len(notes.splitlines()) == 1
     for name, state in (
         ("adam (fp32 master and moments)", 12),
         ("flash_adamw, 32-bit masters", 4.125),

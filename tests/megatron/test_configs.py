@@ -51,7 +51,9 @@ def test_megatron_takes_the_file_and_the_figures_are_the_planners(file: Path) ->
     ((gpus, name),) = COMMAND.findall(text)
     assert name == file.name and f" {int(gpus):,} GPUs" in text.split("\n\n")[0]
     table, parameters = _in_fork(_plan, file, int(gpus))
-    planned = {line[:32].strip(): line.split()[-1] for line in table.splitlines()[3:]}
+    planned = {
+        line[:32].strip(): line.split()[-1] for line in table.split("\n\n")[1].splitlines()[1:]
+    }
     written = dict(FIGURE.findall(text))
     assert len(written) == 3
     assert written == {name: planned[name] for name in written}, table

@@ -24,6 +24,7 @@ from megatron_flashoptim.megatron.memory import planned_args
 from megatron_flashoptim.megatron.memory.planned_args import ArgumentsError
 from megatron_flashoptim.megatron.memory.theoretical_memory import bucket_size
 from megatron_flashoptim.optim.config import FlashOptimConfig
+from megatron_flashoptim.optim.footprint import buffer_bytes
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,11 @@ def _run_size(args: Any) -> RunSize:
     for stage in range(pipeline):
         with nominal_rank(args, stage * ranks, ranks * pipeline), on_meta_device():
             stages.append(_stage_size(stage, model_chunks(args), args, dense, expert))
+    weight, grad = buffer_bytes(args.bf16, args.accumulate_allreduce_grads_in_fp32)
     return RunSize(
         tuple(stages),
-        weight_bytes=2 if args.bf16 or args.fp16 else 4,
-        grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
+        weight_bytes=weight,
+        grad_bytes=grad,
         data_parallel_size=dense,
         optimizer=getattr(args, FIELD) or FlashOptimConfig().optimizer,
         release_slots=args.flash_release_slots if args.flash_gradient_release else 0,

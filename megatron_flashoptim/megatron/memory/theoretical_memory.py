@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_flashoptim.optim.config import FlashOptimConfig
-from megatron_flashoptim.optim.footprint import TABLE_BYTES, flash_state_bytes
+from megatron_flashoptim.optim.footprint import TABLE_BYTES, buffer_bytes, flash_state_bytes
 
 # num_bytes_per_parameter in Megatron's theoretical_memory_usage.py: all of Adam without the
 # distributed optimizer; with it, what each rank keeps of every parameter and what is divided.
@@ -42,12 +42,8 @@ def weight_and_optimizer_bytes(
     divided.data_parallel_size = args.data_parallel_size * args.context_parallel_size / instances
     divided.world_size = args.world_size // instances
     owned = (adam_bytes(divided, verbose=False) - _ADAM_REPLICATED * parameters) / _ADAM_DIVIDED
-    if args.bf16:
-        weight, grad = 2, 4 if args.accumulate_allreduce_grads_in_fp32 else 2
-        state = flash_state_bytes(flash.rule, flash.master_bits)
-    else:  # fp32 weights are the master
-        weight, grad = 4, 4
-        state = flash_state_bytes(flash.rule, 16)
+    weight, grad = buffer_bytes(args.bf16, args.accumulate_allreduce_grads_in_fp32)
+    state = flash_state_bytes(flash.rule, flash.master_bits, weight)
     gradients = parameters * grad
     if flash.gradient_release:
         in_slots = flash.release_slots * bucket_size(args, parameters) * grad
