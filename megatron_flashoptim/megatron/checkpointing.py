@@ -405,6 +405,11 @@ def _warn_once(line: str) -> None:
     log_single_rank(logger, logging.WARNING, line)
 
 
+def begin_load() -> None:
+    """Let the next load say again what one before has said."""
+    _warn_once.cache_clear()
+
+
 def _of_buffers(state: dict[Any, Any]) -> list[dict[str, Any]]:
     """Return the tensors by name of each buffer of the legacy format."""
     numbers = [number for number in state if isinstance(number, int)]

@@ -86,7 +86,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         ),
         "param_group_identifier_keys",
     ),
-    "megatron.core.dist_checkpointing": ("ShardedTensor", "load"),
+    "megatron.core.dist_checkpointing": ("ShardedTensor", "load", "load_content_metadata"),
     "megatron.core.dist_checkpointing.core": ("maybe_load_config",),
     "megatron.core.dist_checkpointing.dict_utils": ("nested_values",),
     "megatron.core.dist_checkpointing.mapping": (
@@ -116,7 +116,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "param_is_not_tensor_parallel_duplicate",
     ),
     "megatron.core.transformer.module": ("param_is_not_shared",),
-    "megatron.core.utils": ("log_single_rank",),
+    "megatron.core.utils": ("log_single_rank", "unwrap_model"),
 }
 # What install() and the launcher take beside that and beside what they bind.
 NEEDED_BY_INSTALL: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that exist, and has every message for users.
+"""docs/troubleshooting*.md quote messages that exist, and have every message for users.
 
 On the page a message is in backticks at the start of a list item (several in one item are
 separated by commas), … standing for values; an … at either end for more text.
@@ -28,6 +28,7 @@ from source_messages import (
 from megatron_flashoptim.megatron.arguments import add_flash_arguments
 
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
+OF_CHECKPOINTS = REPOSITORY / "docs" / "troubleshooting-checkpoints.md"
 SAID_BY_MEGATRON = "## Said by Megatron"
 # Not for users: arguments of single functions of the codec and of a step, called by this
 # package's own code with values it has checked, and texts that are part of another message.
@@ -74,7 +75,7 @@ def covers(message: str, text: str) -> bool:
 
 
 def test_every_quoted_message_is_in_the_source(capsys: pytest.CaptureFixture[str]) -> None:
-    ours, megatrons = PAGE.read_text().split(f"\n{SAID_BY_MEGATRON}\n")
+    ours, megatrons = _pages()
     written = [*texts(REPOSITORY / "megatron_flashoptim"), *texts(REPOSITORY / "scripts")]
     written += _said_by_argparse(capsys)
     unknown = [
@@ -82,7 +83,7 @@ def test_every_quoted_message_is_in_the_source(capsys: pytest.CaptureFixture[str
         for message in quoted(ours)
         if not any(covers(message, text) for text in written) and not _in_shell(message)
     ]
-    assert not unknown, "docs/troubleshooting.md quotes what no source says: " + "; ".join(unknown)
+    assert not unknown, "docs/troubleshooting*.md quote what no source says: " + "; ".join(unknown)
     named = re.findall(r"^- `([^`]+)`\s+\((?:`([\w./]+)`)\)", megatrons, re.MULTILINE)
     assert len(named) == len(quoted(megatrons)), "each of Megatron's messages names its file"
     for message, file in named:
@@ -91,7 +92,7 @@ def test_every_quoted_message_is_in_the_source(capsys: pytest.CaptureFixture[str
 
 
 def test_every_message_for_users_is_quoted() -> None:
-    page = quoted(PAGE.read_text().split(f"\n{SAID_BY_MEGATRON}\n")[0])
+    page = quoted(_pages()[0])
     assert all(len(message.replace(VALUE, "").strip()) > 10 for message in page), "too vague"
     missing = [
         message
@@ -122,6 +123,12 @@ def test_internal_messages_are_still_there() -> None:
     assert not gone, f"take out of INTERNAL or INTERNAL_FILES: {gone}"
 
 
+def _pages() -> tuple[str, str]:
+    """Return what is said of this package's messages, and of Megatron's."""
+    ours, megatrons = PAGE.read_text().split(f"\n{SAID_BY_MEGATRON}\n")
+    return f"{ours}\n{OF_CHECKPOINTS.read_text()}", megatrons
+
+
 def _said_by_argparse(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Return what is said of wrong command lines, without the plugin and with it."""
     said = []
@@ -139,7 +146,9 @@ def _said_by_argparse(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def _told(missing: list[Message], where: str) -> str:
     lines = "\n".join(f"  {message.place}\n    {message.text}" for message in missing)
-    return f"add to docs/troubleshooting.md, {where}:\n{lines}"
+    return (
+        f"add to docs/troubleshooting.md or docs/troubleshooting-checkpoints.md, {where}:\n{lines}"
+    )
 
 
 def _in_shell(message: str) -> bool:
