@@ -21,15 +21,19 @@ from ranks import run_ranks
 EXPECTED: dict[str, Any] = json.loads(os.environ.get("FLASHOPTIM_PATCHED", "{}"))
 
 
-def _train(arguments: list[str]) -> str:
+def _train(command: list[str]) -> str:
     from megatron_flashoptim.megatron.wheel import skip_compilation_of_built_helpers
 
     skip_compilation_of_built_helpers()
-    sys.argv = arguments
+    sys.argv = command
     sys.path.insert(0, str(SCRIPT.parent))
     with printed_by_training() as printed:
-        runpy.run_path(arguments[0], run_name="__main__")
-    assert "megatron_flashoptim.megatron.install" not in sys.modules, "no launcher"
+        runpy.run_path(command[0], run_name="__main__")
+    from megatron.training import arguments, training
+
+    assert "megatron_flashoptim.run" not in sys.modules, "no launcher"
+    for name in (arguments.add_megatron_arguments, training.get_megatron_optimizer):
+        assert not hasattr(name, "__wrapped__"), "Megatron's own, which calls the hooks"
     return printed.getvalue()
 
 
