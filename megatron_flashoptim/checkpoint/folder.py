@@ -166,13 +166,19 @@ def load_common(folder: Path) -> dict[str, Any]:
     return found
 
 
+# Files of torch_dist alone: torch's and Megatron's.
+DESCRIBED = (".metadata", "metadata.json")
+
+
 def check_format(folder: Path) -> None:
     """Refuse whatever is no ``torch_dist`` checkpoint.
 
     Raises:
         ValueError: names the format and what to do.
     """
-    if any(folder.glob("mp_rank_*")):
+    # Beside these files, such folders hold what Megatron saved of data loaders.
+    described = any((folder / name).is_file() for name in DESCRIBED)
+    if not described and any(folder.glob("mp_rank_*")):
         raise ValueError(
             f"{folder} has Megatron's legacy format (--ckpt-format torch). Megatron itself makes "
             "a torch_dist checkpoint of it: load it with --ckpt-convert-format torch_dist "

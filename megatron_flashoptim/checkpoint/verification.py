@@ -21,7 +21,7 @@ from megatron_flashoptim.checkpoint.damage import (
     read_metadata,
     reason,
 )
-from megatron_flashoptim.checkpoint.folder import check_format
+from megatron_flashoptim.checkpoint.folder import DESCRIBED, check_format
 from megatron_flashoptim.checkpoint.torch_file import (
     CHANGED,
     changed_records,
@@ -91,7 +91,10 @@ def verify(
     """
     started = time.monotonic()
     found = Found()
-    files = _legacy_files(folder) or _files(folder, found)
+    files = _legacy_files(folder)
+    # torch_dist, in which data loaders may have saved files like those of the legacy format.
+    if not files or any((folder / name).is_file() for name in DESCRIBED):
+        files = {**_files(folder, found), **files}
     total = sum(item.length for items in files.values() for item in items)
     tell("verified", 0, total)
     for one in _each(folder, files, executor):
@@ -115,7 +118,7 @@ def _legacy_files(folder: Path) -> dict[str, list[Item]]:
 def _files(folder: Path, found: Found) -> dict[str, list[Item]]:
     """Return the items in each file of a ``torch_dist`` checkpoint, and look at all others."""
     check_format(folder)
-    described = [folder / name for name in (".metadata", "metadata.json", MANIFEST)]
+    described = [folder / name for name in (*DESCRIBED, MANIFEST)]
     described = [file for file in described if file.is_file()]
     metadata = read_metadata(folder)
     for name in not_of_the_manifest(folder):

@@ -16,6 +16,9 @@ from megatron_flashoptim.checkpoint.together import on_all_ranks
 if TYPE_CHECKING:
     from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 
+# Characters of an error of Megatron's.
+_SHOWN = 200
+
 
 def check_first_save(optimizer: FlashChainedOptimizer) -> None:
     """Refuse what the run could not save, if it saves and is Megatron's training loop's.
@@ -27,7 +30,8 @@ def check_first_save(optimizer: FlashChainedOptimizer) -> None:
         optimizer: just built, with its model chunks.
 
     Raises:
-        ValueError: as ``FlashChainedOptimizer.check_can_be_saved``, on all ranks.
+        ValueError: as ``FlashChainedOptimizer.check_can_be_saved``, or Megatron cannot make the
+            model's state dict; on all ranks.
     """
     # Not imported for those who use megatron.core alone, who have no arguments.
     global_vars = sys.modules.get("megatron.training.global_vars")
@@ -44,9 +48,16 @@ def check_first_save(optimizer: FlashChainedOptimizer) -> None:
     )
 
     def sharded_model() -> Any:
-        return checkpointing.generate_state_dict(
-            args, model, None, None, None, model_sd_kwargs={"metadata": content}
-        )
+        try:
+            return checkpointing.generate_state_dict(
+                args, model, None, None, None, model_sd_kwargs={"metadata": content}
+            )
+        except Exception as problem:  # of Megatron's models, which may list all their tensors
+            raise ValueError(
+                f"Megatron could not save this model to --save, which is tried before training: "
+                f"{type(problem).__name__}: {str(problem)[:_SHOWN]}; change the model, or train "
+                "without --save"
+            ) from problem
 
     optimizer.check_can_be_saved(on_all_ranks(sharded_model), content)
 

@@ -4,17 +4,19 @@ Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
 ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
 ``_ParamAndGradBuffer.__init__`` (allocates no gradients with ``--flash-gradient-release``),
-``dist_checkpointing.load`` (names damaged files), the scheduler's ``load_state_dict`` (learning
-rates of a checkpoint or of the run, in every param group), the training loop's
-``calc_params_l2_norm`` (sums in fp32) and the bytes in Megatron's theoretical memory figures. All
+``dist_checkpointing.load`` (names damaged files), the training loop's ``calc_params_l2_norm`` (sums
+in fp32) and the bytes in Megatron's theoretical memory figures. All
 do what Megatron does unless ``--optimizer`` names a flash optimizer;
 ``--report-theoretical-memory`` prints those figures for any optimizer. ``DistributedOptimizer`` in
 ``megatron.core.optimizer`` is bound too, but only while a flash optimizer is being built
 (``megatron.factory``).
 
 A Megatron with one of ``patches/`` applied makes the same calls itself; there only gradient buffers
-are bound, for ``--flash-gradient-release``, and the scheduler, which is bound wherever a chain of
-flash optimizers is built.
+are bound, for ``--flash-gradient-release``.
+
+Where a chain of flash optimizers is built, with or without ``install()``, the scheduler's
+``load_state_dict`` is bound too (learning rates of a checkpoint or of the run, in every param
+group), and stays so.
 """
 
 from __future__ import annotations
@@ -234,7 +236,8 @@ def _wrap_theoretical_memory(original: Callable[..., Any]) -> Callable[..., Any]
 _BUFFER = Binding(
     "megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBuffer.__init__", _wrap_buffer
 )
-# Wherever a flash optimizer is built. What it reads in param groups is loaded with the optimizer.
+# Bound where a chain of flash optimizers is built, for as long as the process lives: it does
+# nothing for others. What the scheduler reads in param groups is loaded with the optimizer.
 SCHEDULE = Binding(
     "megatron.core.optimizer_param_scheduler",
     "OptimizerParamScheduler.load_state_dict",
@@ -249,7 +252,6 @@ BINDINGS = (
         _wrap_init,
     ),
     _BUFFER,
-    SCHEDULE,
     Binding("megatron.core.dist_checkpointing", "load", wrap_load),
     Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),
     Binding(
@@ -263,7 +265,7 @@ BINDINGS = (
 def bindings() -> tuple[Binding, ...]:
     """Return what is bound in the installed Megatron, little where it calls us by itself."""
     if versions.is_patched():
-        return (_BUFFER, SCHEDULE)
+        return (_BUFFER,)
     module, path = versions.layout_name()
     return (*BINDINGS, Binding(module, path, wrap_layout, static="." in path))
 

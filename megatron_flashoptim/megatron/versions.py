@@ -102,6 +102,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "_GLOBAL_NUM_MICROBATCHES_CALCULATOR",
         "get_num_microbatches",
     ),
+    "megatron.core.optimizer_param_scheduler": ("OptimizerParamScheduler.load_state_dict",),
     "megatron.core.parallel_state": (
         "get_expert_tensor_parallel_group",
         "get_tensor_model_parallel_group",

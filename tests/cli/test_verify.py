@@ -62,6 +62,27 @@ def whole(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_files_of_data_loaders_do_not_make_it_a_legacy_checkpoint(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Megatron saves them beside the model where --dataloader-save is --save."""
+    folder = tmp_path / "flash"
+    shutil.copytree(whole / "flash", folder)
+    loader = folder / "mp_rank_00" / "train_dataloader_dprank000.pt"
+    loader.parent.mkdir()
+    torch.save({"dataloader_state_dict": torch.arange(4096)}, loader)
+    assert _verify(folder).returncode == 0
+    assert run("inspect", str(folder)).returncode == 0
+    for file in (next(folder.glob("*.distcp")), loader):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        assert any(
+            line.startswith(f"damaged: {file.relative_to(folder)}") for line in _damaged(folder)
+        )
+        file.write_bytes(content)
+
+
 def _verify(folder: Path, *arguments: str) -> Done:
     return run("inspect", str(folder), "--verify", *arguments)
 

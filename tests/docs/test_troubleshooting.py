@@ -46,6 +46,7 @@ INTERNAL = {
     "cannot convert a correction from … to …": "both dtypes are this package's own",
     "unrecognized arguments: …": "argparse's own message",
     "… takes …; got …": "FlashDistributedOptimizer gives a rule its own options only",
+    "rank …: …": "the beginning of the warning that the pool of gradients grows",
     "… cannot be used with …": "Megatron-Bridge's beginning of the rules' own refusals",
 }
 

@@ -180,10 +180,9 @@ def _accepted() -> dict[str, Any]:
 
 def test_training_goes_on_from_half_an_update_if_told_to() -> None:
     """Buckets that were reduced have the update of the whole step, the others miss it."""
-    ranks = run_ranks(2, _accepted)
-    ((warning,), others) = (rank["warnings"] for rank in ranks)
-    assert "half an update. Training goes on" in warning and not others
-    for rank in ranks:
+    for rank in run_ranks(2, _accepted):
+        (warning,) = rank["warnings"]
+        assert "half an update. Training goes on" in warning
         assert any(rank["dispatched"]) and not all(rank["dispatched"])
         assert rank["taken"] == rank["gathered"] == rank["dispatched"]
         assert rank["losses"][2] < rank["losses"][0]

@@ -99,9 +99,7 @@ class GradientRelease:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
         # Of the backward pass, for a wait that follows at once; to make one each time takes longer.
         self._passed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
-        # Buckets come in the same order on all ranks.
-        warn = functools.partial(log_single_rank, logger, logging.WARNING)
-        self.pool = GradPool(memory_of(self._device), flash.release_slots, warn)
+        self.pool = GradPool(memory_of(self._device), flash.release_slots, self._warn)
         # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
         self._puts_off = self._device.type != "cuda"
         self._reduced: list[BucketGroup] = []
@@ -127,6 +125,11 @@ class GradientRelease:
             member.take_stats_of_shards()
             for index, bucket in enumerate(member.shard_buckets):
                 of_bucket[id(bucket)].launches.append((member, index))
+
+    def _warn(self, line: str) -> None:
+        """Log what data-parallel ranks, which have the same buckets, have in common."""
+        if self._members[0].data_parallel_group.rank() == 0:
+            logger.warning("rank %d: %s", torch.distributed.get_rank(), line)
 
     def _take_over_buffers(self, chunks: Sequence[Any]) -> dict[int, Region]:
         """Have the buffers' resets begin iterations; return each bucket's region by its id."""
@@ -172,8 +175,7 @@ class GradientRelease:
             problem = self.partial_step()
             if not self._accepts_partial_step:
                 raise RuntimeError(f"{problem} {_WHAT_TO_DO}")
-            going_on = f"{problem} Training goes on, as --flash-accept-partial-step says."
-            log_single_rank(logger, logging.WARNING, going_on)
+            logger.warning("%s Training goes on, as --flash-accept-partial-step says.", problem)
             self._step_all_reduced()
             torch.cuda.synchronize()
             self._stepping = False
