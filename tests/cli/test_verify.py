@@ -74,13 +74,10 @@ def test_files_of_data_loaders_do_not_make_it_a_legacy_checkpoint(
     assert _verify(folder).returncode == 0
     assert run("inspect", str(folder)).returncode == 0
     for file in (next(folder.glob("*.distcp")), loader):
-        content = file.read_bytes()
-        middle = len(content) // 2
-        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        assert any(
-            line.startswith(f"damaged: {file.relative_to(folder)}") for line in _damaged(folder)
-        )
-        file.write_bytes(content)
+        middle = file.stat().st_size // 2
+        _flip(file, middle)
+        assert any(line.startswith(f"{file.relative_to(folder)}: ") for line in _damaged(folder))
+        _flip(file, middle)
 
 
 def _verify(folder: Path, *arguments: str) -> Done:
