@@ -16,6 +16,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from damage import flip
 from ranks import run_ranks
 
 from megatron_flashoptim.cli import main
@@ -149,14 +150,6 @@ def _items(folder: Path, *, described: bool = False) -> dict[str, tuple[Path, in
     return found
 
 
-def _flip(file: Path, position: int) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(position)
-        (old,) = opened.read(1)
-        opened.seek(position)
-        opened.write(bytes([old ^ 1]))
-
-
 @pytest.mark.parametrize("kind", ["weight", "shape", "param", "exp_avg", "rng", "common"])
 def test_one_flipped_bit_is_found(
     kind: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -174,7 +167,7 @@ def test_one_flipped_bit_is_found(
     items = _items(saved, described=kind == "shape")
     key = wanted.get(kind) or next(key for key in items if "rng" in key or "_extra" in key)
     file, position = items[key]
-    _flip(file, position)
+    flip(file, position)
     folders = (str(saved), str(tmp_path / "new"))
     commands: list[tuple[str, ...]] = [("convert", "--to", "flash", *folders)]
     if kind in ("weight", "param"):
@@ -184,7 +177,7 @@ def test_one_flipped_bit_is_found(
         said = _error(capsys, *command)
         assert f"is damaged: {key} in {file.name}: its bytes are not those" in said
         assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    _flip(file, position)
+    flip(file, position)
     assert main(commands[0]) == 0
 
 
@@ -197,13 +190,13 @@ def test_what_was_finished_before_damage_is_kept_and_gone_on_with(
     command = ("convert", "--to", "flash", str(saved), str(tmp_path / "new"))
     last = "optimizer.state.exp_avg_sq.embedding.word_embeddings.weight"
     file, position = _items(saved)[last]
-    _flip(file, position)
+    flip(file, position)
     said = _error(capsys, *command)
     work = tmp_path / "new" / f".converting-{NAME}"
     assert f"is damaged: {last}" in said
     assert f"kept in {work}: the same command goes on" in said
     assert list((tmp_path / "new").iterdir()) == [work]
-    _flip(file, position)
+    flip(file, position)
     assert main(command) == 0
     assert re.search(r"^\d+ of \d+ parts were there", capsys.readouterr().out, re.MULTILINE)
     assert not work.exists()

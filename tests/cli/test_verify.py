@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from console import Done, error, run
+from damage import flip
 from ranks import run_ranks
 
 WEIGHT = "embedding.word_embeddings.weight"
@@ -75,9 +76,9 @@ def test_files_of_data_loaders_do_not_make_it_a_legacy_checkpoint(
     assert run("inspect", str(folder)).returncode == 0
     for file in (next(folder.glob("*.distcp")), loader):
         middle = file.stat().st_size // 2
-        _flip(file, middle)
+        flip(file, middle)
         assert any(line.startswith(f"{file.relative_to(folder)}: ") for line in _damaged(folder))
-        _flip(file, middle)
+        flip(file, middle)
 
 
 def _verify(folder: Path, *arguments: str) -> Done:
@@ -93,14 +94,6 @@ def _damaged(folder: Path, *arguments: str) -> list[str]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("damaged: ")]
     assert f", {len(lines)} damaged" in done.stdout
     return [line.removeprefix("damaged: ") for line in lines]
-
-
-def _flip(file: Path, position: int) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(position)
-        (old,) = opened.read(1)
-        opened.seek(position)
-        opened.write(bytes([old ^ 1]))
 
 
 def _item(folder: Path, key: str) -> tuple[Path, int]:
@@ -132,7 +125,7 @@ def test_a_flipped_bit_names_file_and_tensor(
 ) -> None:
     folder = Path(shutil.copytree(whole / name, tmp_path / name))
     file, position = _item(folder, key)
-    _flip(file, position)
+    flip(file, position)
     changed = "its bytes are not those that were saved, by their CRC-32"
     assert _damaged(folder) == [f"{file.name}: {key}: {changed}"]
 
@@ -144,7 +137,7 @@ def test_all_that_is_damaged_is_named_by_processes_side_by_side_too(
     folder = Path(shutil.copytree(whole / "adam", tmp_path / "adam"))
     keys = [key for name, key in DAMAGED if name == "adam"]
     for key in keys:
-        _flip(*_item(folder, key))
+        flip(*_item(folder, key))
     (file,) = folder.glob("__0_0.distcp")
     size = file.stat().st_size
     os.truncate(file, size - 100)
@@ -163,7 +156,7 @@ def test_files_beside_the_tensors_are_compared_too(whole: Path, tmp_path: Path) 
 
     folder = Path(shutil.copytree(whole / "flash", tmp_path / "flash"))
     torch.save({"optimizer": [{"lr": torch.ones(99)}]}, folder / "common.pt")
-    _flip(folder / "common.pt", (folder / "common.pt").read_bytes().index(b"\0\0\x80\x3f" * 99))
+    flip(folder / "common.pt", (folder / "common.pt").read_bytes().index(b"\0\0\x80\x3f" * 99))
     save_integrity_manifest(str(folder))
     with open(folder / "metadata.json", "a") as file:
         file.write(" ")
@@ -182,7 +175,7 @@ def test_a_legacy_checkpoint_names_its_tensors(optimizer: str, whole: Path, tmp_
     found = torch.load(weights, weights_only=False)["model"][WEIGHT]
     content = found.view(torch.uint8).numpy().tobytes()
     place = weights.read_bytes().index(content)
-    _flip(weights, place + len(content) // 2)
+    flip(weights, place + len(content) // 2)
     (said,) = _damaged(tmp_path / "iter_0000001")
     assert said.startswith(f"mp_rank_00/model_optim_rng.pt: model.{WEIGHT}: its bytes are not")
     os.truncate(state, state.stat().st_size // 2)
