@@ -14,18 +14,21 @@ tokens, taking turns. First the check: losses, gradient norms, weights and state
 bits, or nothing is timed; afterwards they are compared again. Timed are whole iterations of one
 micro-batch, several in a row as in training, from a device that has nothing to do (CUDA events; the
 slowest rank counts). Then one iteration of each is profiled: a Chrome trace, and a picture of its
-kernels by stream, with how much of the steps' time lies before the end of the backward pass. Both
-ways have no clipping, --overlap-grad-reduce and --overlap-param-gather. A GPT of 1.4 billion
-parameters is the default. Small micro-batches (--micro-batch) make an iteration host-bound: what is
-timed then is how long Python takes, and no longer what the device does.
+kernels by stream, with how much of the steps' time lies before the end of the backward pass, and
+the gap from kernel to kernel on the stream of the backward pass. Both ways have no clipping,
+--overlap-grad-reduce and --overlap-param-gather. A GPT of 1.4 billion parameters is the default.
+Small micro-batches (--micro-batch) make an iteration host-bound: what is timed then is how long
+Python takes, and no longer what the device does.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import logging
+import statistics
 import subprocess
 import sys
 import time
@@ -186,6 +189,8 @@ def profiled(options: argparse.Namespace, trained: Trained, mode: str) -> dict[s
     """Profile one iteration on the first rank: trace, picture, times of its kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if options.device == "cuda":
+        # The mark's kernel is loaded at its first launch.
+        torch.cuda._sleep(1)  # type: ignore[no-untyped-call]  # torch has no types
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     torch.distributed.barrier()
     trained.marks_end = options.device == "cuda"
@@ -210,7 +215,11 @@ def steps_and_backward(kernels: list[dict[str, Any]]) -> dict[str, float]:
     steps = [event for event in kernels if kind_of(event) == "step"]
     (ended,) = (event["ts"] for event in kernels if kind_of(event) == "mark")
     within = sum(event["dur"] for event in steps if event["ts"] + event["dur"] <= ended)
+    (stream,) = (event["args"]["stream"] for event in kernels if kind_of(event) == "mark")
+    on_it = sorted((e for e in kernels if e["args"]["stream"] == stream), key=lambda e: e["ts"])
+    gaps = [then["ts"] - e["ts"] - e["dur"] for e, then in itertools.pairwise(on_it)]
     return {
+        "median_gap_of_its_kernels_us": statistics.median(gaps),
         "steps": len(steps),
         "steps_ms": sum(event["dur"] for event in steps) / 1e3,
         "of_these_before_the_backward_pass_ended_ms": within / 1e3,

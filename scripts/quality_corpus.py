@@ -37,7 +37,9 @@ import sentencepiece
 import torch
 
 SOURCES = Path(__file__).resolve().with_name("quality_sources.txt")
-INDEX = "https://pypi.org/pypi"
+INDEX = "https://pypi.org/simple"
+# PEP 691: what every index and mirror offers.
+INDEX_TYPE = "application/vnd.pypi.simple.v1+json"
 SUFFIXES = (".py", ".pyi", ".pyx", ".rst", ".md", ".txt")
 # Tests are repetitive; what is larger is data or generated.
 EXCLUDED_WORD = "test"
@@ -85,11 +87,12 @@ def fetch(source: Source, folder: Path) -> Path:
     path = folder / f"{source.name}-{source.version}.tar.gz"
     if path.is_file() and _sha256(path) == source.sha256:
         return path
-    address = f"{INDEX}/{source.name}/{source.version}/json"
+    address = f"{INDEX}/{source.name}/"
+    asked = urllib.request.Request(address, headers={"Accept": INDEX_TYPE})
     try:
-        with urllib.request.urlopen(address, timeout=60) as answer:
-            files = json.load(answer)["urls"]
-        found = [file["url"] for file in files if file["digests"]["sha256"] == source.sha256]
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            files = json.load(answer)["files"]
+        found = [file["url"] for file in files if file["hashes"].get("sha256") == source.sha256]
         if not found:
             raise CorpusError(f"{address} names no file with SHA-256 {source.sha256}")
         whole = urllib.parse.urljoin(address, found[0])

@@ -7,12 +7,11 @@
     REDUCED   all gradients came, and Megatron has dispatched their reduce-scatter
     STEPPED   its step is launched; once that has run, the slot may be written for another bucket
 
-On a GPU the step is launched as soon as the reduce-scatter is dispatched, on a stream of its own
-that waits for it, and the backward pass waits, on its stream, for the step whose slot it is about
-to write. On CPU ranks waiting for a reduce-scatter blocks, so the step of a bucket is put off until
-the next one is reduced, or its slot is needed.
+The step of a bucket is launched when the next one has been dispatched, or its slot is needed: on
+the stream of the backward pass, which by then seldom has to wait for the reduce-scatter.
 
-Why no weight is stepped too early, and what is refused: docs/gradient-release.md.
+Why on that stream, why no weight is stepped too early, and what is refused:
+docs/gradient-release.md.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class BucketGroup:
         launches: member and index of each shard.
         names: of its parameters.
         arrived: names of the parameters whose gradient has come.
-        streams: on which gradients have come since it was opened, by raw stream.
+        streams: on which it was opened, gradients have come, and it was reduced, by raw stream.
         state: where it is in this iteration.
     """
 
@@ -96,12 +95,13 @@ class GradientRelease:
         self._accepts_partial_step = flash.accept_partial_step
         self._device = torch.device(torch.cuda.current_device())
         self._current_raw_stream = _current_raw_stream_on(self._device)
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
-        # Of the backward pass, for a wait that follows at once; to make one each time takes longer.
+        # Of the backward pass, on which buckets are stepped.
+        self._stream = torch.cuda.current_stream()
+        self._raw_stream = self._current_raw_stream()
+        # For a wait that follows at once; to make one each time takes longer.
         self._passed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
         self.pool = GradPool(memory_of(self._device), flash.release_slots, self._warn)
-        # Where waiting for a reduce-scatter blocks: what is not stepped yet, oldest first.
-        self._puts_off = self._device.type != "cuda"
+        # What is not stepped yet, oldest first.
         self._reduced: list[BucketGroup] = []
         self._stepping = False
         self._told = False
@@ -182,6 +182,7 @@ class GradientRelease:
             for chunk in self._chunks:  # no optimizer.step() comes to do it
                 chunk.start_param_sync(force_sync=True)
         self._drop_reduced()
+        self._stream, self._raw_stream = torch.cuda.current_stream(), self._current_raw_stream()
         self.pool.close_all()  # what a backward pass that failed has left open
         for entry in self.groups:
             entry.state = State.IDLE
@@ -291,17 +292,18 @@ class GradientRelease:
 
     def _open(self, entry: BucketGroup) -> None:
         """Give a bucket group memory, and zero it once the bucket before has been stepped."""
-        stream = torch.cuda.current_stream()
+        stream, raw_stream = torch.cuda.current_stream(), self._current_raw_stream()
         for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
             before = self.pool.open(region, entry.stepped.synchronize)
             if before is not None:
                 user = self._group_of[before]
                 self._step_reduced(upto=user)
-                stream.wait_event(user.stepped)
+                if raw_stream != self._raw_stream:
+                    stream.wait_event(user.stepped)
             bucket.grad_data.zero_()
         entry.opened.record(stream)
         entry.streams.clear()
-        entry.streams[self._current_raw_stream()] = stream
+        entry.streams[raw_stream] = stream
         entry.state = State.OPEN
         for param in entry.names:
             if getattr(param, "grad_added_to_main_grad", False):
@@ -313,13 +315,13 @@ class GradientRelease:
         """Stand in for Megatron's ``start_grad_sync``: all gradients of the group have come."""
         start(force_all_reduce=force_all_reduce)
         entry.state = State.REDUCED
+        raw_stream = self._current_raw_stream()
+        if raw_stream not in entry.streams:
+            entry.streams[raw_stream] = torch.cuda.current_stream()
         for region in entry.regions:
             self.pool.close(region)
-        if self._puts_off:
-            self._step_all_reduced()
-            self._reduced.append(entry)
-        else:
-            self._step(entry)
+        self._step_all_reduced()
+        self._reduced.append(entry)
 
     def _step_all_reduced(self) -> None:
         if self._reduced:
@@ -334,12 +336,10 @@ class GradientRelease:
         """Launch the step of a bucket group behind its reduce-scatter."""
         gather_dispatched = entry.group.param_gather_dispatched
         # All that has read these weights is in the streams of the backward pass by now.
-        streams = list(entry.streams.values())
-        if self._current_raw_stream() not in entry.streams:
-            streams.append(torch.cuda.current_stream())
-        for stream in streams:
-            self._passed.record(stream)
-            self._stream.wait_event(self._passed)
+        for raw_stream, stream in entry.streams.items():
+            if raw_stream != self._raw_stream:
+                self._passed.record(stream)
+                self._stream.wait_event(self._passed)
         with torch.cuda.stream(self._stream):
             if not self._stepping:
                 self._begin_step()
