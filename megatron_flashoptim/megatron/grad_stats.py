@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+# Elements from which a kernel of its own is faster than a share in one for several tensors, which
+# reads 21 million elements to a launch.
+_LARGE = 2**22
+
 
 @dataclass(frozen=True)
 class ShardParam:
@@ -76,9 +80,14 @@ class GradRuns:
 
     def norm_of_each(self) -> list[torch.Tensor]:
         """Return an fp32 scalar per run, its L2 norm; no host sync."""
-        if not self.views:
-            return []
-        return list(torch._foreach_norm(self.views, 2, dtype=torch.float32))
+        small = [view for view in self.views if view.numel() < _LARGE]
+        together = iter(torch._foreach_norm(small, 2, dtype=torch.float32) if small else ())
+        return [
+            next(together)
+            if view.numel() < _LARGE
+            else torch.linalg.vector_norm(view, dtype=torch.float32)
+            for view in self.views
+        ]
 
     def all_finite(self, device: torch.device | str) -> torch.Tensor:
         """Return a bool scalar on the device: whether every gradient element is finite."""

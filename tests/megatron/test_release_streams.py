@@ -178,26 +178,27 @@ def _ordered() -> dict[str, Any]:
                     found["slot zeroed behind its last step"].append(behind)
                 return super().zero_()
 
-        bucket.grad_data = bucket.grad_data.as_subclass(Watched)
+        # All of them, where it would be the padding only.
+        entry.zeroed = [[bucket.grad_data.as_subclass(Watched)]]
 
     for entry in release.groups:
         watch(entry)
     (buffer,) = trainer.model[0].buffers
 
     def hook_of(param: Any) -> Any:
-        entry, hook = release._group_of_param[param], release._hook_of(param)
+        entry, hook = release._group_of_param[param], release._copying(param)
 
-        def comes_on_another_stream(gradient: torch.Tensor) -> None:
+        def comes_on_another_stream(_: torch.Tensor) -> None:
             opens = release.groups.index(entry) % 2
             if (opens and not entry.arrived) or (param.ndim < 2 and entry.arrived):
                 with torch.cuda.stream(another):
-                    hook(gradient)
+                    hook(param)
                     on_another[id(entry)] = another.put()
                 found["gradient on another stream behind the zeroing"].append(
                     _is_before(zeroed[id(entry)], on_another[id(entry)])
                 )
             else:
-                hook(gradient)
+                hook(param)
 
         return comes_on_another_stream
 

@@ -27,6 +27,8 @@ from megatron_flashoptim.megatron.release.grad_pool import Region
 _NEEDED = ("_get", "offload_to_cpu", "reload_from_cpu", "reset", "scale_gradients")
 MODULE = "megatron.core.distributed.param_and_grad_buffer"
 PATH = "_ParamAndGradBuffer.__init__"
+# Of padding in a bucket; to zero all of a bucket with more takes the host less time.
+_MOST_VIEWS = 4
 
 
 class ReleasedBuffer:
@@ -43,7 +45,9 @@ class ReleasedBuffer:
     _grad_hooks: Sequence[RemovableHandle] = ()
     # Megatron's attributes.
     params: list[torch.nn.Parameter]
+    buckets: list[Any]
     bucket_indices: list[tuple[int, int]]
+    param_index_map: dict[torch.nn.Parameter, tuple[int, int, int]]
     grad_dtype: torch.dtype
     grad_data: torch.Tensor | None
     param_data: torch.Tensor | None
@@ -65,19 +69,30 @@ class ReleasedBuffer:
     def hook_parameters(
         self, hook_of: Callable[[torch.nn.Parameter], Callable[[torch.Tensor], None]]
     ) -> None:
-        """Have something called with each gradient before Megatron adds it, and nothing else.
+        """Have something called when a gradient has come, before Megatron adds it.
 
         Args:
-            hook_of: returns the hook of a parameter, which runs before DDP's. It stands in for the
-                one that was given before.
+            hook_of: returns the hook of a parameter. It is called with the parameter, whose
+                ``grad`` is set, and stands in for the one that was given before.
         """
         for handle in self._grad_hooks:
             handle.remove()
         self._grad_hooks = [
-            # torch has no types for it.
-            param.register_hook(hook_of(param))  # type: ignore[no-untyped-call]
+            # torch has no types for it. Runs in the node whose hook is DDP's, and so before that.
+            param.register_post_accumulate_grad_hook(hook_of(param))  # type: ignore[no-untyped-call]
             for param in self.params
         ]
+
+    def padding(self) -> list[list[torch.Tensor]]:
+        """Return, for each bucket, views of its gradients that together hold all its padding."""
+        found = []
+        for bucket, (start, end) in zip(self.buckets, self.bucket_indices, strict=True):
+            used = sorted(self.param_index_map[param][:2] for param in bucket.params_list)
+            after = [start, *(to for _, to in used)]
+            gaps = zip(after, [*(at for at, _ in used), end], strict=True)
+            views = [bucket.grad_data[at - start : to - start] for at, to in gaps if at < to]
+            found.append(views if len(views) <= _MOST_VIEWS else [bucket.grad_data])
+        return found
 
     def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> torch.Tensor:
         if buffer_type.name != "GRAD":
@@ -93,7 +108,7 @@ class ReleasedBuffer:
         return self._gradients[start : start + shape.numel()].view(shape)
 
     def reset(self) -> None:
-        """Begin an iteration. Each bucket's gradients are zeroed when the bucket is opened."""
+        """Begin an iteration. Nothing is zeroed before its bucket is opened."""
         if self.on_reset is not None:
             self.on_reset()
 

@@ -3,7 +3,7 @@
 (``--flash-gradient-release``.) A bucket group of DDP goes through four states in an iteration:
 
     IDLE      no gradient has come; its addresses may have the memory of another bucket behind them
-    OPEN      its first gradient came: it has a slot of the pool to itself, zeroed
+    OPEN      its first gradient came: it has a slot of the pool to itself
     REDUCED   all gradients came, and Megatron has dispatched their reduce-scatter
     STEPPED   its step is launched; once that has run, the slot may be written for another bucket
 
@@ -51,9 +51,10 @@ class BucketGroup:
     Attributes:
         group: Megatron's ``_ParamAndGradBucketGroup``.
         finish_reduce: its own ``finish_grad_sync``.
-        opened: recorded behind the zeroing of its gradients.
+        opened: recorded behind the zeroing of what ``zeroed`` names.
         stepped: recorded behind its last launch.
         regions: addresses of the gradients of its buckets.
+        zeroed: for each bucket, views of its gradients that are zeroed when it is opened.
         launches: member and index of each shard.
         names: of its parameters.
         arrived: names of the parameters whose gradient has come.
@@ -66,6 +67,7 @@ class BucketGroup:
     opened: Any
     stepped: Any
     regions: list[Region] = field(default_factory=list)
+    zeroed: list[list[torch.Tensor]] = field(default_factory=list)
     launches: list[tuple[FlashDistributedOptimizer, int]] = field(default_factory=list)
     names: dict[torch.nn.Parameter, str] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
@@ -105,9 +107,9 @@ class GradientRelease:
         self._reduced: list[BucketGroup] = []
         self._stepping = False
         self._told = False
-        regions = self._take_over_buffers(chunks)
+        memory = self._take_over_buffers(chunks)
         self.groups = [
-            self._take_over(chunk, group, regions)
+            self._take_over(chunk, group, memory)
             for chunk in chunks
             for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
         ]
@@ -117,7 +119,9 @@ class GradientRelease:
         self._to_reduce = len(self.groups)
         for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                buffer.hook_parameters(self._hook_of)
+                buffer.hook_parameters(
+                    self._hook_of if chunk.config.gradient_accumulation_fusion else self._copying
+                )
             if chunk.config.gradient_accumulation_fusion:
                 announce_gradients(chunk.module, self._gradient_announced)
         of_bucket = {id(bucket): entry for entry in self.groups for bucket in entry.group.buckets}
@@ -132,23 +136,37 @@ class GradientRelease:
         if self._members[0].data_parallel_group.rank() == 0:
             logger.warning("rank %d: %s", torch.distributed.get_rank(), line)
 
-    def _take_over_buffers(self, chunks: Sequence[Any]) -> dict[int, Region]:
-        """Have the buffers' resets begin iterations; return each bucket's region by its id."""
-        regions: dict[int, Region] = {}
+    def _take_over_buffers(
+        self, chunks: Sequence[Any]
+    ) -> dict[int, tuple[Region, list[torch.Tensor]]]:
+        """Have the buffers' resets begin iterations.
+
+        Returns each bucket's region, and what is zeroed in it, by its id.
+        """
+        memory: dict[int, tuple[Region, list[torch.Tensor]]] = {}
         for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 buffer.on_reset = self.begin_iteration
-                for bucket, region in zip(buffer.buckets, buffer.regions, strict=True):
-                    regions[id(bucket)] = region
-        return regions
+                for bucket, region, padding in zip(
+                    buffer.buckets, buffer.regions, buffer.padding(), strict=True
+                ):
+                    # Fused GEMMs add to what is there; all else is written over it.
+                    adds = chunk.config.gradient_accumulation_fusion
+                    memory[id(bucket)] = region, [bucket.grad_data] if adds else padding
+        return memory
 
-    def _take_over(self, chunk: Any, group: Any, regions: dict[int, Region]) -> BucketGroup:
+    def _take_over(
+        self, chunk: Any, group: Any, memory: dict[int, tuple[Region, list[torch.Tensor]]]
+    ) -> BucketGroup:
         opened, stepped = (
             torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
             for _ in range(2)
         )
         entry = BucketGroup(group, group.finish_grad_sync, opened, stepped)
-        entry.regions = [regions[id(bucket)] for bucket in group.buckets]
+        for bucket in group.buckets:
+            region, zeroed = memory[id(bucket)]
+            entry.regions.append(region)
+            entry.zeroed.append(zeroed)
         entry.names = {p: name for name, p in chunk.named_parameters() if p in group.params}
         for name in _SET_IN_GROUPS:
             if not hasattr(group, name):
@@ -207,7 +225,7 @@ class GradientRelease:
         )
 
     def _hook_of(self, param: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
-        """Return what autograd calls with the gradient of a parameter, before Megatron adds it.
+        """Return what autograd calls when a gradient has come, before Megatron adds it.
 
         The host does this for every parameter in every iteration. So where the bucket is open for
         this stream and nothing is wrong, which is nearly always, it only notes the gradient.
@@ -231,13 +249,32 @@ class GradientRelease:
 
         return hook
 
+    def _copying(self, param: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+        """Return a hook that writes the gradient, which Megatron would add to zeros.
+
+        Megatron is told so as it is by fused GEMMs.
+        """
+        note = self._hook_of(param)
+
+        def zero(param: Any) -> None:
+            note(param)
+            param.main_grad.zero_()
+
+        def copy(param: Any) -> None:
+            note(param)
+            param.main_grad.copy_(param.grad)
+            param.grad_added_to_main_grad = True
+
+        # With this Megatron adds, whatever it is told.
+        return zero if getattr(param, "zero_out_wgrad", False) else copy
+
     def _gradient_comes(self, param: torch.nn.Parameter) -> None:
         """Check a gradient that Megatron is about to add, and open the bucket for it."""
         entry = self._group_of_param[param]
         name = entry.names[param]
         self._check_micro_batches(entry)
-        self._check_announced(param)
         self._check_unused(entry, param, is_first=name not in entry.arrived)
+        self._check_announced(param)
         entry.arrived.add(name)
         self._make_open(entry)
 
@@ -293,16 +330,17 @@ class GradientRelease:
             entry.streams[raw_stream] = stream
 
     def _open(self, entry: BucketGroup) -> None:
-        """Give a bucket group memory, and zero it once the bucket before has been stepped."""
+        """Give a bucket group memory, to be written once the bucket before has been stepped."""
         stream, raw_stream = torch.cuda.current_stream(), self._current_raw_stream()
-        for region, bucket in zip(entry.regions, entry.group.buckets, strict=True):
+        for region, zeroed in zip(entry.regions, entry.zeroed, strict=True):
             before = self.pool.open(region, entry.stepped.synchronize)
             if before is not None:
                 user = self._group_of[before]
                 self._step_reduced(upto=user)
                 if raw_stream != self._raw_stream:
                     stream.wait_event(user.stepped)
-            bucket.grad_data.zero_()
+            for view in zeroed:
+                view.zero_()
         entry.opened.record(stream)
         entry.streams.clear()
         entry.streams[raw_stream] = stream
