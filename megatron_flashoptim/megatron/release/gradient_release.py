@@ -7,8 +7,8 @@
     REDUCED   all gradients came, and Megatron has dispatched their reduce-scatter
     STEPPED   its step is launched; once that has run, the slot may be written for another bucket
 
-The step of a bucket is launched when the next one is complete, or its slot is needed: on the stream
-of the backward pass, which by then seldom has to wait for the reduce-scatter.
+The step of a bucket is launched when the next one has been dispatched, or its slot is needed: on
+the stream of the backward pass, which by then seldom has to wait for the reduce-scatter.
 
 Why on that stream, why no weight is stepped too early, and what is refused:
 docs/gradient-release.md.
@@ -116,7 +116,6 @@ class GradientRelease:
         self._group_of = {region: entry for entry in self.groups for region in entry.regions}
         self._group_of_param = {param: entry for entry in self.groups for param in entry.names}
         self._announced: set[torch.nn.Parameter] = set()
-        self._to_reduce = len(self.groups)
         for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 buffer.hook_parameters(
@@ -207,7 +206,6 @@ class GradientRelease:
             entry.state = State.IDLE
             entry.arrived.clear()
         self._announced.clear()
-        self._to_reduce = len(self.groups)
 
     def partial_step(self) -> str | None:
         """Return what is wrong if an update was begun and not ended, else None."""
@@ -356,10 +354,6 @@ class GradientRelease:
         raw_stream = self._current_raw_stream()
         if raw_stream not in entry.streams:
             entry.streams[raw_stream] = torch.cuda.current_stream()
-        # Beside a reduce-scatter both would take longer. Only the last has nothing else beside it.
-        self._to_reduce -= 1
-        if self._to_reduce:
-            self._step_all_reduced()
         start(force_all_reduce=force_all_reduce)
         entry.state = State.REDUCED
         for region in entry.regions:
