@@ -37,6 +37,8 @@ _NORM = re.compile(r"iteration +(\d+)/.*grad norm: ([\d.]+)")
 _MOE = (
     "--num-experts 4 --moe-router-topk 2 --disable-bias-linear --moe-token-dispatcher-type alltoall"
 )
+_GROUPED = "--moe-grouped-gemm --expert-model-parallel-size 2"
+_SEQUENCE_PARALLEL = "--tensor-model-parallel-size 2 --sequence-parallel"
 _TE = "--transformer-impl transformer_engine"
 _FP8 = "--fp8-format hybrid --fp8-recipe"
 _RECIPES = ("delayed", "tensorwise", "blockwise")
@@ -45,12 +47,15 @@ LAYOUTS = {
     "overlap": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100000",
     "bf16 gradients": "--grad-reduce-in-bf16",
     "tensor parallel": "--tensor-model-parallel-size 2",
-    "tensor and sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "tensor and sequence parallel": _SEQUENCE_PARALLEL,
     "pipeline": "--pipeline-model-parallel-size 2",
     "virtual stages": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "experts": f"{_MOE} --expert-model-parallel-size 2",
     "nccl user buffers": "--use-nccl-ub --disable-symmetric-registration",
     "transformer engine": _TE,
+    "transformer engine, sequence parallel": f"{_TE} {_SEQUENCE_PARALLEL}",
+    "transformer engine, context parallel": f"{_TE} --context-parallel-size 2",
+    "transformer engine, grouped experts": f"{_TE} {_MOE} {_GROUPED}",
     **{f"fp8 {recipe}": f"{_TE} {_FP8} {recipe}" for recipe in _RECIPES},
     **{f"fp8 weights {r}": f"{_TE} {_FP8} {r} --fp8-param-gather" for r in _RECIPES},
 }
@@ -117,7 +122,7 @@ def measure(launcher: Launcher, layouts: list[str]) -> dict[str, dict[str, Figur
 def table(found: dict[str, dict[str, Figures]]) -> str:
     """Return the largest deviations from Adam as a table."""
     lines = [
-        f"{'layout':30} {'run':15} {'first loss':>10} {'loss':>8} {'grad norm':>9} "
+        f"{'layout':38} {'run':15} {'first loss':>10} {'loss':>8} {'grad norm':>9} "
         f"{'median':>8} {'largest at':>10}"
     ]
     for layout, runs in found.items():
@@ -127,7 +132,7 @@ def table(found: dict[str, dict[str, Figures]]) -> str:
                 continue
             losses, norms = (deviations(of[kind], reference[kind]) for kind in reference)
             lines.append(
-                f"{layout:30} {run:15} {losses[0]:10.1e} {max(losses):8.1e} {max(norms):9.1e} "
+                f"{layout:38} {run:15} {losses[0]:10.1e} {max(losses):8.1e} {max(norms):9.1e} "
                 f"{statistics.median(norms):8.1e} {norms.index(max(norms)) + 1:10}"
             )
     end = "largest relative differences from Adam in the same layout; of norms the median too,"
