@@ -192,11 +192,14 @@ def profiled(options: argparse.Namespace, trained: Trained, mode: str) -> dict[s
         # The mark's kernel is loaded at its first launch.
         torch.cuda._sleep(1)  # type: ignore[no-untyped-call]  # torch has no types
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    torch.distributed.barrier()
     trained.marks_end = options.device == "cuda"
-    with torch.profiler.profile(activities=activities) as profile:
-        trained.iterate(tokens(options, 0))
-        torch.cuda.synchronize()
+    # Of two iterations the second is recorded: ranks begin the first one at different times.
+    second = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=second) as profile:
+        for _ in range(2):
+            trained.iterate(tokens(options, 0))
+            torch.cuda.synchronize()
+            profile.step()
     if torch.distributed.get_rank():
         return {}
     stem = f"dp{torch.distributed.get_world_size()}_release_{mode}"
