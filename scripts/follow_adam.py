@@ -54,7 +54,6 @@ LAYOUTS = {
     "nccl user buffers": "--use-nccl-ub --disable-symmetric-registration",
     "transformer engine": _TE,
     "transformer engine, sequence parallel": f"{_TE} {_SEQUENCE_PARALLEL}",
-    "transformer engine, context parallel": f"{_TE} --context-parallel-size 2",
     "transformer engine, grouped experts": f"{_TE} {_MOE} {_GROUPED}",
     **{f"fp8 {recipe}": f"{_TE} {_FP8} {recipe}" for recipe in _RECIPES},
     **{f"fp8 weights {r}": f"{_TE} {_FP8} {r} --fp8-param-gather" for r in _RECIPES},

@@ -1,7 +1,12 @@
-"""Rows, table and plot of scripts/quality.py."""
+"""Rows, table and plot of scripts/quality.py; put together from the numbers of several calls.
+
+python scripts/quality_report.py a.json b.json --json all.json --picture all.png
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +37,8 @@ class Row:
     """Training losses, means of 10 iterations."""
     grad_norms: list[float]
     """Gradient norms before clipping, medians of 10 iterations."""
-    iteration_ms: float
-    """Median of what Megatron logged, each a mean of 10 iterations."""
+    iteration_ms: float | None
+    """Median of what Megatron logged, each a mean of 10; None where runs shared a GPU."""
     peak_bytes: int
     """Largest of the device's allocated bytes that Megatron saw when it logged."""
 
@@ -126,12 +131,13 @@ def table(record: dict[str, Any]) -> str:
             if finals is not first and both:
                 mean = statistics.fmean(finals[seed] - first[seed] for seed in both)
                 difference = f"{mean:+.4f}"
+            times = [row.iteration_ms for row in rows if row.iteration_ms is not None]
             each = ", ".join(f"{loss:.4f}" for loss in finals.values())
             spread = max(finals.values()) - min(finals.values())
             lines.append(
                 f"| {letter} | {optimizer} | {', '.join(map(str, finals))} | "
                 f"{statistics.fmean(finals.values()):.4f} ({each}) | {spread:.4f} | {difference} | "
-                f"{statistics.median(row.iteration_ms for row in rows):.0f} |"
+                f"{f'{statistics.median(times):.0f}' if times else '-'} |"
             )
     return "\n".join(lines)
 
@@ -197,3 +203,55 @@ def _draw_differences(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
     axes.set_ylabel(f"validation loss minus the mean of {first}'s")
     axes.set_xlabel("iteration")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one record of several, which may not have a run twice.
+
+    Raises:
+        RunFailed: they are of other text, devices or versions, or have a run twice.
+    """
+    first, *others = records
+    for record in others:
+        for key in ("device", "versions", "corpus"):
+            if record[key] != first[key]:
+                raise RunFailed(f"records differ in {key}: {first[key]} and {record[key]}")
+    runs = [run for record in records for run in record["runs"]]
+    names = [(run["experiment"], run["optimizer"], run["seed"]) for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RunFailed(f"records have a run twice: {', '.join(map(str, twice[0]))}")
+    experiments: dict[str, Any] = {}
+    for record in records:
+        for letter, described in record["experiments"].items():
+            if experiments.setdefault(letter, described) != described:
+                raise RunFailed(f"records differ in what experiment {letter} is")
+    return {
+        **first,
+        "commit": ", ".join(dict.fromkeys(record["commit"] for record in records)),
+        "commands": list(dict.fromkeys(c for record in records for c in record["commands"])),
+        "experiments": dict(sorted(experiments.items())),
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """Print the table of one or more records; write them and their plot as one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("records", nargs="+", type=Path, help="numbers of scripts/quality.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them here")
+    options = parser.parse_args()
+    try:
+        record = together([json.loads(path.read_text()) for path in options.records])
+    except (OSError, RunFailed) as problem:
+        raise SystemExit(f"quality_report: error: {problem}") from None
+    print(table(record))
+    if options.json:
+        options.json.write_text(json.dumps(record) + "\n")
+    if options.picture:
+        draw(record, options.picture)
+
+
+if __name__ == "__main__":
+    main()

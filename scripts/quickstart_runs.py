@@ -261,7 +261,12 @@ def _measure(
             f"{len(losses)}" + (f"; the first one missing is {missing[0]}" if missing else "")
         )
     if not (optimizer_ms and validation and fp32_gradients):
-        raise RunFailed(f"{log} lacks the optimizer's timers, the validation loss or the arguments")
+        lacking = {
+            "the optimizer's timers": optimizer_ms,
+            "the validation loss": validation,
+            "the arguments": fp32_gradients,
+        }
+        raise RunFailed(f"{log} lacks {', '.join(what for what, it in lacking.items() if not it)}")
     report = json.loads(memory.read_text())
     saved = checkpoints / f"iter_{expected[-1]:07d}"
     return Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,11 +165,12 @@ def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
 def test_layers_are_those_of_the_packages_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
-    assert quality._of_device("cuda") == quality.CUDA_FLAGS
+    assert quality._of_device("cuda", has_experts=True) == quality.CUDA_FLAGS
     installed.add("transformer_engine")
-    assert quality._of_device("cuda") == ("--no-gradient-accumulation-fusion",)
+    flags = quality._of_device("cuda", has_experts=False)
+    assert flags == (*quality.FUSED_LOSS, "--no-gradient-accumulation-fusion")
     installed.add("fused_weight_gradient_mlp_cuda")  # of Apex
-    assert quality._of_device("cuda") == ()
+    assert quality._of_device("cuda", has_experts=True) == (*quality.FUSED_LOSS, *quality.GROUPED)
 
 
 def test_the_table_compares_the_seeds_that_both_have() -> None:
@@ -179,6 +182,90 @@ def test_the_table_compares_the_seeds_that_both_have() -> None:
     ).splitlines()
     assert adam == "| a | adam | 1, 2, 3 | 2.2500 (2.0000, 2.2500, 2.5000) | 0.5000 | - | 5 |"
     assert flash == "| a | flash_adamw | 2, 3 | 2.3750 (2.3750, 2.3750) | 0.0000 | +0.0000 | 5 |"
+
+
+def _record(experiment: str, seeds: tuple[int, ...], **other: object) -> dict[str, object]:
+    runs = [{**_row("adam", seed, 2.0), "experiment": experiment} for seed in seeds]
+    described = {experiment: {"title": experiment, "optimizers": {"adam": []}}}
+    common = {"device": "cpu", "versions": {"torch": "2"}, "corpus": {"tokens": 1}, "commit": "1"}
+    return {**common, "commands": ["x"], "experiments": described, "runs": runs, **other}
+
+
+def test_records_of_several_calls_are_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [_record("b", (1, 2)), _record("b", (3,), commit="2"), _record("a", (1,))]
+    files = [tmp_path / f"{number}.json" for number in range(len(records))]
+    for file, record in zip(files, records, strict=True):
+        file.write_text(json.dumps(record))
+    whole = tmp_path / "all.json"
+    arguments = ["quality_report.py", *map(str, files), "--json", str(whole)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    quality_report.main()
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    assert first.startswith("| a | adam | 1 | ") and second.startswith("| b | adam | 1, 2, 3 | ")
+    written = json.loads(whole.read_text())
+    assert written["commit"] == "1, 2" and written["commands"] == ["x"]
+    for other, told in (
+        (_record("b", (2,)), "have a run twice: b, adam, 2"),
+        (_record("b", (3,), device="gpu"), "differ in device: cpu and gpu"),
+    ):
+        files[1].write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match=told):
+            quality_report.main()
+
+
+def test_a_table_names_no_time_of_runs_that_shared_a_gpu() -> None:
+    (row,) = _record("a", (1,))["runs"]  # type: ignore[misc]
+    record = {**_record("a", ()), "runs": [{**row, "iteration_ms": None}]}
+    assert quality_report.table(record).endswith(" | - | - |")
+
+
+def test_a_source_is_fetched_from_an_index_and_its_bytes_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a simple index (PEP 691), with a relative address."""
+    wanted = quality_corpus.Source("one", "1.0", hashlib.sha256(b"right").hexdigest())
+
+    class Index(http.server.BaseHTTPRequestHandler):
+        sent = b"right"
+
+        def do_GET(self) -> None:
+            files = [
+                {"url": "../../wheel", "hashes": {}},
+                {"url": "../../files/one.tar.gz", "hashes": {"sha256": wanted.sha256}},
+            ]
+            pages = {
+                "/simple/one/": json.dumps({"files": files}).encode(),
+                "/files/one.tar.gz": self.sent,
+            }
+            found = self.path in pages
+            as_json = self.headers["Accept"] == "application/vnd.pypi.simple.v1+json"
+            assert as_json == self.path.startswith("/simple/")
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(pages.get(self.path, b""))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/simple"
+        monkeypatch.setattr(quality_corpus, "INDEX", address)
+        Index.sent = b"wrong"
+        with pytest.raises(quality_corpus.CorpusError, match="is not the file with SHA-256"):
+            quality_corpus.fetch(wanted, tmp_path)
+        Index.sent = b"right"
+        path = quality_corpus.fetch(wanted, tmp_path)
+        assert path.read_bytes() == b"right" and list(tmp_path.iterdir()) == [path]
+        unknown = quality_corpus.Source("one", "1.0", "0" * 64)
+        with pytest.raises(quality_corpus.CorpusError, match="names no file with SHA-256 0000"):
+            quality_corpus.fetch(unknown, tmp_path)
+        missing = quality_corpus.Source("two", "1.0", wanted.sha256)
+        with pytest.raises(quality_corpus.CorpusError, match=r"cannot download two 1\.0"):
+            quality_corpus.fetch(missing, tmp_path)
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
