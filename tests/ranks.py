@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each a fork of this process, with gloo between them.
+"""Run a function on several CPU ranks, each a fork of this process, with gloo between them.
 
 The parent imports Megatron once (fixture ``megatron``); a fork has it for free, and whatever a
 test does to Megatron's global state dies with it.
@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -27,9 +28,13 @@ def run_ranks(
 ) -> list[Any]:
     """Return what ``body(*args, **kwargs)`` returns on each rank.
 
+    Skips the test in a process that sees GPUs, and so cannot be forked.
+
     Raises:
         AssertionError: a rank raised (its traceback is the message), died or took too long.
     """
+    if torch.cuda.is_available():
+        pytest.skip("CPU ranks are not forked where GPUs are visible: CUDA_VISIBLE_DEVICES= pytest")
     context = multiprocessing.get_context("fork")
     with TemporaryDirectory() as folder:
         ranks = [
