@@ -189,6 +189,35 @@ def test_gradients_take_the_memory_of_a_few_buckets(case: str) -> None:
         assert len(memory["stepped by then"]) == STEPS
 
 
+def _with_hooks_of_the_user(release: bool) -> Any:
+    import checkpoints
+
+    def halve(param: Any) -> None:
+        param.grad.mul_(0.5)
+
+    trainer = _build(release, ONLY_REDUCE, {})
+    for param in trainer.model[0].parameters():
+        param.register_post_accumulate_grad_hook(halve)
+    return [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
+
+
+def test_hooks_that_change_gradients_last_are_heard() -> None:
+    from checkpoint_state import assert_same_state
+
+    (released,), (plain,), (without,) = (
+        run_ranks(1, _with_hooks_of_the_user, True),
+        run_ranks(1, _with_hooks_of_the_user, False),
+        run_ranks(1, _plain),
+    )
+    assert released[0] == plain[0] != without
+    assert_same_state(released[1], plain[1])
+
+
+def _plain() -> list[Any]:
+    trainer = _build(False, ONLY_REDUCE, {})
+    return [trainer.step() for _ in range(2)]
+
+
 def test_clipping_by_bucket_clips_each_bucket_by_its_own_norm() -> None:
     """A bound that no bucket reaches changes nothing; one that all exceed scales the gradient."""
     ((loose, tight, plain),) = run_ranks(1, _first_moments)

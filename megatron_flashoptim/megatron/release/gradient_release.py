@@ -259,6 +259,9 @@ class GradientRelease:
             param.main_grad.zero_()
 
         def copy(param: Any) -> None:
+            if len(param._post_accumulate_grad_hooks) > 1:  # another may change it after this one
+                zero(param)
+                return
             note(param)
             param.main_grad.copy_(param.grad)
             param.grad_added_to_main_grad = True
