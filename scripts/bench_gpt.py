@@ -169,10 +169,17 @@ class TrainedGPT:
             params, options.bucket_size, torch.distributed.get_world_size(), ddp_config
         )
         released = FlashDistributedOptimizer.released_buffers()
-        with released if flash.gradient_release else contextlib.nullcontext():
+        # On a stream of its own, as in Megatron's training loop: gradients then come on that.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
+        stream.wait_stream(torch.cuda.current_stream())
+        with (
+            torch.cuda.stream(stream),
+            released if flash.gradient_release else contextlib.nullcontext(),
+        ):
             self.chunk = DistributedDataParallel(
                 config, ddp_config, model, full_param_layout=layout
             )
+        torch.cuda.current_stream().wait_stream(stream)
         self.parameters = sum(param.numel() for param in params)
         optimizer_config = OptimizerConfig(
             optimizer="adam",

@@ -64,7 +64,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--flash-gradient-release": {
         "action": "store_true",
-        "help": "With --overlap-grad-reduce, step a bucket in the backward pass as soon as its "
+        "help": "With --overlap-grad-reduce, step a bucket in the backward pass once its "
         "gradients are reduced, and use their memory for the next. One micro-batch, --clip-grad 0.",
     },
     "--flash-release-slots": {

@@ -39,7 +39,7 @@ class FlashOptimConfig:
         early_param_gather: gather the weights of a bucket as soon as it is stepped, not in the next
             forward pass (``--flash-early-param-gather``); changes no bit.
         sgd_nesterov: take Nesterov's steps (``--flash-sgd-nesterov``); of flash_sgd alone.
-        gradient_release: step a bucket in the backward pass, as soon as its gradients are reduced,
+        gradient_release: step a bucket in the backward pass, once its gradients are reduced,
             and use their memory again (``--flash-gradient-release``); changes no bit.
         release_slots: with it, how many buckets the memory for gradients is for
             (``--flash-release-slots``); 2 or more.

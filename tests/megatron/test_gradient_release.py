@@ -90,7 +90,7 @@ def _watched(release: Any) -> dict[str, list[int]]:
     """Poison what is stepped; note what was open, and stepped when the backward pass had ended."""
     import torch
 
-    from megatron_flashoptim.megatron.release.gradient_release import State
+    from megatron_flashoptim.megatron.release.bucket_group import State
 
     seen: dict[str, list[int]] = {"open": [], "stepped by then": []}
     step, open_, finish = release._step, release._open, release._finish_reduce
@@ -187,6 +187,60 @@ def test_gradients_take_the_memory_of_a_few_buckets(case: str) -> None:
         # On CPU ranks the last one is put off until here.
         assert set(memory["stepped by then"]) <= {memory["buckets"] - 1, memory["buckets"]}
         assert len(memory["stepped by then"]) == STEPS
+
+
+def _left_before_reductions(model: dict[str, Any], flash: dict[str, Any]) -> list[int]:
+    """Return how many reduced buckets were not stepped yet when each reduction was dispatched."""
+    import functools
+
+    trainer = _build(True, model, flash)
+    release = trainer.optimizer.release
+    left: list[int] = []
+    for entry in release.groups:
+        start = entry.group.start_grad_sync.args[1]
+
+        def counted(force_all_reduce: bool = False, start: Any = start) -> None:
+            left.append(len(release._reduced))
+            start(force_all_reduce=force_all_reduce)
+
+        entry.group.start_grad_sync = functools.partial(release._reduce, entry, counted)
+    trainer.step()
+    assert len(left) == len(release.groups) > 3
+    return left
+
+
+def test_what_waits_for_collectives_is_stepped_before_the_next_reduction() -> None:
+    """An all-reduce of norms, or of instances, would wait for that reduction otherwise."""
+    instances = {**OVERLAP, "instances": 2}
+    for ranks, model, flash in ((1, OVERLAP, CLIPPED), (2, instances, {})):
+        for left in run_ranks(ranks, _left_before_reductions, model, flash):
+            assert set(left) == {0}
+    (beside,) = run_ranks(1, _left_before_reductions, OVERLAP, {})
+    assert max(beside) == 1
+
+
+def _not_finalized() -> Any:
+    import checkpoints
+
+    trainer = _build(True, {**ONLY_REDUCE, "bucket_size": 10**9}, {})
+    assert len(trainer.optimizer.release.groups) == 1
+    trainer.model[0].config.finalize_model_grads_func = None
+    return [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
+
+
+def _one_bucket() -> Any:
+    import checkpoints
+
+    trainer = _build(False, {**ONLY_REDUCE, "bucket_size": 10**9}, {})
+    return [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
+
+
+def test_the_last_bucket_is_stepped_where_nobody_finalizes_gradients() -> None:
+    from checkpoint_state import assert_same_state
+
+    (released,), (plain,) = run_ranks(1, _not_finalized), run_ranks(1, _one_bucket)
+    assert released[0] == plain[0]
+    assert_same_state(released[1], plain[1])
 
 
 def _with_hooks_of_the_user(release: bool) -> Any:

@@ -49,7 +49,7 @@ def _breaking(trainer: Any, bucket: int | None = None) -> Iterator[None]:
 
 def _stepped(trainer: Any) -> list[bool]:
     """Return for each shard whether its bucket has been stepped in this iteration."""
-    from megatron_flashoptim.megatron.release.gradient_release import State
+    from megatron_flashoptim.megatron.release.bucket_group import State
 
     state_of = {launch: e.state for e in trainer.optimizer.release.groups for launch in e.launches}
     (member,) = trainer.optimizer.chained_optimizers

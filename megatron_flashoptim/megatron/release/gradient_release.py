@@ -16,11 +16,9 @@ docs/gradient-release.md.
 
 from __future__ import annotations
 
-import enum
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,50 +27,11 @@ from megatron.core.utils import log_single_rank
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.release.address_range import memory_of
+from megatron_flashoptim.megatron.release.bucket_group import BucketGroup, State
 from megatron_flashoptim.megatron.release.fused_wgrad import announce_gradients
 from megatron_flashoptim.megatron.release.grad_pool import GradPool, Region
 
 logger = logging.getLogger(__name__)
-
-
-class State(enum.Enum):
-    """Where a bucket group is in an iteration."""
-
-    IDLE = enum.auto()
-    OPEN = enum.auto()
-    REDUCED = enum.auto()
-    STEPPED = enum.auto()
-
-
-@dataclass(eq=False)
-class BucketGroup:
-    """A bucket group of DDP, its memory and its launches.
-
-    Attributes:
-        group: Megatron's ``_ParamAndGradBucketGroup``.
-        finish_reduce: its own ``finish_grad_sync``.
-        opened: recorded behind the zeroing of what ``zeroed`` names.
-        stepped: recorded behind its last launch.
-        regions: addresses of the gradients of its buckets.
-        zeroed: for each bucket, views of its gradients that are zeroed when it is opened.
-        launches: member and index of each shard.
-        names: of its parameters.
-        arrived: names of the parameters whose gradient has come.
-        streams: on which it was opened, gradients have come, and it was reduced, by raw stream.
-        state: where it is in this iteration.
-    """
-
-    group: Any
-    finish_reduce: Callable[[], None]
-    opened: Any
-    stepped: Any
-    regions: list[Region] = field(default_factory=list)
-    zeroed: list[list[torch.Tensor]] = field(default_factory=list)
-    launches: list[tuple[FlashDistributedOptimizer, int]] = field(default_factory=list)
-    names: dict[torch.nn.Parameter, str] = field(default_factory=dict)
-    arrived: set[str] = field(default_factory=set)
-    streams: dict[int, Any] = field(default_factory=dict)
-    state: State = State.IDLE
 
 
 class GradientRelease:
@@ -100,9 +59,11 @@ class GradientRelease:
         # Of the backward pass, on which buckets are stepped.
         self._stream = torch.cuda.current_stream()
         self._raw_stream = self._current_raw_stream()
-        # For a wait that follows at once; to make one each time takes longer.
-        self._passed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
         self.pool = GradPool(memory_of(self._device), flash.release_slots, self._warn)
+        # Their steps wait for collectives that come behind any reduce-scatter dispatched before.
+        self._steps_first = flash.bucket_clip_grad > 0 or any(
+            chunk.ddp_config.num_distributed_optimizer_instances > 1 for chunk in chunks
+        )
         # What is not stepped yet, oldest first.
         self._reduced: list[BucketGroup] = []
         self._stepping = False
@@ -199,6 +160,8 @@ class GradientRelease:
             self._stepping = False
             for chunk in self._chunks:  # no optimizer.step() comes to do it
                 chunk.start_param_sync(force_sync=True)
+        if any(entry.state in (State.OPEN, State.REDUCED) for entry in self.groups):
+            torch.cuda.synchronize()  # a backward pass failed; its slots are used for others now
         self._drop_reduced()
         self._stream, self._raw_stream = torch.cuda.current_stream(), self._current_raw_stream()
         self.pool.close_all()  # what a backward pass that failed has left open
@@ -211,12 +174,12 @@ class GradientRelease:
         """Return what is wrong if an update was begun and not ended, else None."""
         if not self._stepping:
             return None
-        stepped = sum(entry.state is State.STEPPED for entry in self.groups)
-        if stepped == len(self.groups):
+        if all(entry.state in (State.REDUCED, State.STEPPED) for entry in self.groups):
             return (
                 "--flash-gradient-release: the backward pass has stepped every bucket, and no "
                 "optimizer.step() came after it."
             )
+        stepped = sum(entry.state is State.STEPPED for entry in self.groups)
         return (
             f"--flash-gradient-release: a backward pass ended with {stepped} of "
             f"{len(self.groups)} buckets stepped; weights and state are those of half an update."
@@ -254,20 +217,21 @@ class GradientRelease:
         """
         note = self._hook_of(param)
 
-        def zero(param: Any) -> None:
+        def hook(param: Any) -> None:
             note(param)
-            param.main_grad.zero_()
+            # Megatron adds, whatever it is told; or another hook may change the gradient yet.
+            adds = (
+                getattr(param, "zero_out_wgrad", False)
+                or len(param._post_accumulate_grad_hooks) > 1
+                or param.grad.layout is not torch.strided
+            )
+            if adds:
+                param.main_grad.zero_()
+            else:
+                param.main_grad.copy_(param.grad)
+                param.grad_added_to_main_grad = True
 
-        def copy(param: Any) -> None:
-            if len(param._post_accumulate_grad_hooks) > 1:  # another may change it after this one
-                zero(param)
-                return
-            note(param)
-            param.main_grad.copy_(param.grad)
-            param.grad_added_to_main_grad = True
-
-        # With this Megatron adds, whatever it is told.
-        return zero if getattr(param, "zero_out_wgrad", False) else copy
+        return hook
 
     def _gradient_comes(self, param: torch.nn.Parameter) -> None:
         """Check a gradient that Megatron is about to add, and open the bucket for it."""
@@ -354,11 +318,18 @@ class GradientRelease:
         self, entry: BucketGroup, start: Callable[..., None], force_all_reduce: bool = False
     ) -> None:
         """Stand in for Megatron's ``start_grad_sync``: all gradients of the group have come."""
+        if self._steps_first:
+            self._step_all_reduced()
+        start(force_all_reduce=force_all_reduce)
+        entry.state = State.REDUCED
         raw_stream = self._current_raw_stream()
         if raw_stream not in entry.streams:
             entry.streams[raw_stream] = torch.cuda.current_stream()
-        start(force_all_reduce=force_all_reduce)
-        entry.state = State.REDUCED
+        # All that reads the bucket's weights is in these streams by now.
+        for other, stream in entry.streams.items():
+            if other not in entry.reduced:  # to make one each time takes longer
+                entry.reduced[other] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            entry.reduced[other].record(stream)
         for region in entry.regions:
             self.pool.close(region)
         self._step_all_reduced()
@@ -376,11 +347,9 @@ class GradientRelease:
     def _step(self, entry: BucketGroup) -> None:
         """Launch the step of a bucket group behind its reduce-scatter."""
         gather_dispatched = entry.group.param_gather_dispatched
-        # All that has read these weights is in the streams of the backward pass by now.
-        for raw_stream, stream in entry.streams.items():
+        for raw_stream in entry.streams:
             if raw_stream != self._raw_stream:
-                self._passed.record(stream)
-                self._stream.wait_event(self._passed)
+                self._stream.wait_event(entry.reduced[raw_stream])
         with torch.cuda.stream(self._stream):
             if not self._stepping:
                 self._begin_step()
@@ -421,7 +390,7 @@ class GradientRelease:
         Raises:
             RuntimeError: not every bucket has been stepped.
         """
-        if not self._stepping:
+        if not (self._stepping or self._reduced):
             raise RuntimeError(
                 "--flash-gradient-release: optimizer.step() came without a backward pass before "
                 "it, in which buckets are stepped"

@@ -134,8 +134,8 @@ REFUSED_WITH_RELEASE = (
             f"{prefix}reduce_scatter_with_fp32_accumulation",
             _is_set,
             "--ddp-reduce-scatter-with-fp32-accumulation",
-            "its receive buffer is freed to the compute stream while the step's stream reads it; "
-            "drop it",
+            "its receive buffer is freed to the stream of the gradients while the step reads it on "
+            "another; drop it",
         )
         for prefix in ("", "ddp_")
     ),
