@@ -1,6 +1,8 @@
 """Rows, table and plot of scripts/quality.py; put together from the numbers of several calls.
 
-python scripts/quality_report.py a.json b.json --json all.json --picture all.png
+    python scripts/quality_report.py a.json b.json --json all.json --picture all.png
+
+No run may be in two of the records.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ it again, nor have counted on zeros.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ FUSED = {"prepare_model": _fuses_accumulation}
 # Number of ranks, the model, and fields of FlashOptimConfig.
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "1 rank": (1, {**ONLY_REDUCE, "grads_in_fp32": False}, {}),
+    "1 rank, param gather": (1, OVERLAP, {}),
+    "2 ranks": (2, ONLY_REDUCE, {}),
     "2 ranks, untied, recomputed": (
         2,
         {**OVERLAP, "tied": False, "transformer": RECOMPUTED},
@@ -219,57 +222,86 @@ def test_what_waits_for_collectives_is_stepped_before_the_next_reduction() -> No
     assert max(beside) == 1
 
 
-def _not_finalized() -> Any:
+def _trained_with(
+    release: bool, model: dict[str, Any], prepare: Callable[[Any], None] = lambda trainer: None
+) -> Any:
     import checkpoints
 
-    trainer = _build(True, {**ONLY_REDUCE, "bucket_size": 10**9}, {})
-    assert len(trainer.optimizer.release.groups) == 1
-    trainer.model[0].config.finalize_model_grads_func = None
+    trainer = _build(release, model, {})
+    prepare(trainer)
     return [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
 
 
-def _one_bucket() -> Any:
-    import checkpoints
-
-    trainer = _build(False, {**ONLY_REDUCE, "bucket_size": 10**9}, {})
-    return [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
-
-
-def test_the_last_bucket_is_stepped_where_nobody_finalizes_gradients() -> None:
+def _assert_same(released: Any, plain: Any) -> None:
     from checkpoint_state import assert_same_state
 
-    (released,), (plain,) = run_ranks(1, _not_finalized), run_ranks(1, _one_bucket)
     assert released[0] == plain[0]
     assert_same_state(released[1], plain[1])
 
 
-def _with_hooks_of_the_user(release: bool) -> Any:
-    import checkpoints
+def _does_not_finalize(trainer: Any) -> None:
+    trainer.model[0].config.finalize_model_grads_func = None
 
+
+def test_the_last_bucket_is_stepped_where_nobody_finalizes_gradients() -> None:
+    one_bucket = {**ONLY_REDUCE, "bucket_size": 10**9}
+    (released,) = run_ranks(1, _trained_with, True, one_bucket, _does_not_finalize)
+    (plain,) = run_ranks(1, _trained_with, False, one_bucket)
+    _assert_same(released, plain)
+
+
+def _without_an_end() -> Any:
+    trainer = _build(True, ONLY_REDUCE, {})
+    _does_not_finalize(trainer)
+    trainer.step(update=False)
+    return trainer.optimizer.release.partial_step()
+
+
+def test_a_whole_backward_pass_that_nobody_finalized_is_not_half_an_update() -> None:
+    (problem,) = run_ranks(1, _without_an_end)
+    assert "has stepped every bucket, and no optimizer.step() came after it" in problem
+
+
+def _halves_gradients(trainer: Any) -> None:
     def halve(param: Any) -> None:
         param.grad.mul_(0.5)
 
-    trainer = _build(release, ONLY_REDUCE, {})
     for param in trainer.model[0].parameters():
         param.register_post_accumulate_grad_hook(halve)
-    return [trainer.step() for _ in range(2)], checkpoints.everything(trainer)
 
 
-def test_hooks_that_change_gradients_last_are_heard() -> None:
-    from checkpoint_state import assert_same_state
+def _makes_embeddings_sparse(trainer: Any) -> None:
+    import functools
+    import types
 
-    (released,), (plain,), (without,) = (
-        run_ranks(1, _with_hooks_of_the_user, True),
-        run_ranks(1, _with_hooks_of_the_user, False),
-        run_ranks(1, _plain),
-    )
-    assert released[0] == plain[0] != without
-    assert_same_state(released[1], plain[1])
+    from megatron.core.tensor_parallel import layers
+
+    functional = types.SimpleNamespace(**vars(layers.F))
+    functional.embedding = functools.partial(layers.F.embedding, sparse=True)
+    layers.F = functional
+    layouts: set[Any] = set()
+    weight = trainer.model[0].module.embedding.word_embeddings.weight
+    weight.register_hook(lambda gradient: layouts.add(gradient.layout))
+    step = trainer.step
+
+    def sparse_step() -> Any:
+        found = step()
+        assert len(layouts) == 1 and "sparse" in str(layouts)
+        return found
+
+    trainer.step = sparse_step
 
 
-def _plain() -> list[Any]:
-    trainer = _build(False, ONLY_REDUCE, {})
-    return [trainer.step() for _ in range(2)]
+@pytest.mark.parametrize("change", [_halves_gradients, _makes_embeddings_sparse])
+def test_gradients_of_other_kinds_are_those_without_release(change: Any) -> None:
+    """Changed by hooks that come after the release's own; of another layout."""
+    untied = {**ONLY_REDUCE, "tied": False}
+    (released,) = run_ranks(1, _trained_with, True, untied, change)
+    (plain,) = run_ranks(1, _trained_with, False, untied, change)
+    _assert_same(released, plain)
+    if change is _halves_gradients:
+        (without,) = run_ranks(1, _trained_with, False, untied)
+        assert plain[0] != without[0]
 
 
 def test_clipping_by_bucket_clips_each_bucket_by_its_own_norm() -> None:

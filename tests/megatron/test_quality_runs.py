@@ -216,7 +216,7 @@ def test_records_of_several_calls_are_put_together(
 
 
 def test_a_table_names_no_time_of_runs_that_shared_a_gpu() -> None:
-    (row,) = _record("a", (1,))["runs"]  # type: ignore[misc]
+    (row,) = _record("a", (1,))["runs"]
     record = {**_record("a", ()), "runs": [{**row, "iteration_ms": None}]}
     assert quality_report.table(record).endswith(" | - | - |")
 

@@ -111,6 +111,7 @@ def _ordered() -> dict[str, Any]:
         "gather behind all steps": [],
         "load behind a half applied update": [],
         "reading of a checkpoint behind a half applied update": [],
+        "iteration behind what a failed one has open": [],
     }
     last_step_on: dict[int, Moment] = {}
     zeroed: dict[int, Moment] = {}
@@ -243,6 +244,15 @@ def _ordered() -> dict[str, Any]:
         trainer.step(update=False)
         load()
         found[order] += [_is_before(step, current[-1].put()) for step in steps]
+    release.forget()
+    trainer.model[0].zero_grad_buffer()
+    with torch.cuda.stream(_Stream()):
+        release._open(release.groups[0])
+        moment = current[-1].put()
+    trainer.model[0].zero_grad_buffer()
+    found["iteration behind what a failed one has open"].append(
+        _is_before(moment, current[-1].put())
+    )
     return {
         "found": found,
         "streams of steps": [current[0].name, *sorted(streams)],
@@ -270,6 +280,7 @@ def test_what_shares_memory_is_ordered_on_the_streams_of_a_gpu() -> None:
             "table filled behind the end of the step before": 2,
             "gradient on another stream behind the zeroing": rank["buckets"],
             "load behind a half applied update": rank["buckets"],
+            "iteration behind what a failed one has open": 1,
             "reading of a checkpoint behind a half applied update": rank["buckets"],
         }
         assert len(seen) >= at_least.get(order, steps), order

@@ -27,7 +27,7 @@ from megatron_flashoptim.megatron.release.grad_pool import Region
 _NEEDED = ("_get", "offload_to_cpu", "reload_from_cpu", "reset", "scale_gradients")
 MODULE = "megatron.core.distributed.param_and_grad_buffer"
 PATH = "_ParamAndGradBuffer.__init__"
-# Of padding in a bucket; to zero all of a bucket with more takes the host less time.
+# Of padding in a bucket. One with more is zeroed as a whole, by a single launch.
 _MOST_VIEWS = 4
 
 

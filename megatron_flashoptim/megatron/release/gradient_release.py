@@ -118,11 +118,7 @@ class GradientRelease:
     def _take_over(
         self, chunk: Any, group: Any, memory: dict[int, tuple[Region, list[torch.Tensor]]]
     ) -> BucketGroup:
-        opened, stepped = (
-            torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
-            for _ in range(2)
-        )
-        entry = BucketGroup(group, group.finish_grad_sync, opened, stepped)
+        entry = BucketGroup(group, group.finish_grad_sync, _event(), _event())
         for bucket in group.buckets:
             region, zeroed = memory[id(bucket)]
             entry.regions.append(region)
@@ -328,7 +324,7 @@ class GradientRelease:
         # All that reads the bucket's weights is in these streams by now.
         for other, stream in entry.streams.items():
             if other not in entry.reduced:  # to make one each time takes longer
-                entry.reduced[other] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                entry.reduced[other] = _event()
             entry.reduced[other].record(stream)
         for region in entry.regions:
             self.pool.close(region)
@@ -431,6 +427,10 @@ class GradientRelease:
             f"slots of memory for them: {len(self.pool.slots)}, of "
             f"{self.pool.memory.nbytes / 1e6:.1f} MB together"
         )
+
+
+def _event() -> Any:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
 
 
 def _current_raw_stream_on(device: torch.device) -> Callable[[], int]:
