@@ -115,6 +115,11 @@ class Run:
         return self.folder / "finished"
 
     @property
+    def shared_gpu(self) -> Path:
+        """File that says that another run was on the same GPU, so that times say nothing."""
+        return self.folder / "shared-gpu"
+
+    @property
     def name(self) -> str:
         """As printed."""
         return f"{self.experiment}: {self.optimizer}, seed {self.seed}"
@@ -174,7 +179,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def all_runs(options: argparse.Namespace, device: str) -> list[Run]:
-    """Return the runs asked for, first seeds first.
+    """Return the runs asked for, experiments in the order of --only.
 
     Each folder is named by everything that its losses depend on, so that a change of the sources
     begins anew.
@@ -197,7 +202,7 @@ def all_runs(options: argparse.Namespace, device: str) -> list[Run]:
                 digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
                 folder = options.output / "runs" / f"{letter}-{own[1]}-{seed}-{digest[:8]}"
                 runs.append(Run(letter, optimizer, seed, folder, arguments))
-    return sorted(runs, key=lambda run: (run.seed, run.experiment))
+    return runs
 
 
 def _of_device(device: str, *, has_experts: bool) -> tuple[str, ...]:
@@ -247,7 +252,7 @@ class Workers:
         for place in gpus:
             self._places.put(place)
         self._count = len(gpus)
-        self.shares_gpus = len(set(gpus)) < len(gpus)
+        self._shares_gpus = len(set(gpus)) < len(gpus)
         self._ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         self._printing = threading.Lock()
 
@@ -273,6 +278,8 @@ class Workers:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "arguments.json").write_text(json.dumps(run.arguments, indent=2) + "\n")
+            if self._shares_gpus:
+                run.shared_gpu.touch()
             log = run.folder / f"log-{len(list(run.folder.glob('log-*.txt'))) + 1}.txt"
             environment = dict(os.environ)
             environment.setdefault("OMP_NUM_THREADS", "1")
@@ -300,6 +307,12 @@ def places(options: argparse.Namespace, device: str) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     return (gpus * (options.parallel or 1))[: options.parallel or len(gpus)]
+
+
+def row_of(run: Run) -> Row:
+    """Return what is kept of a finished run."""
+    row = quality_report.read(run.experiment, run.optimizer, run.seed, run.folder / "events")
+    return replace(row, iteration_ms=None) if run.shared_gpu.exists() else row
 
 
 def record_of(options: argparse.Namespace, setup: Setup, rows: list[Row]) -> dict[str, Any]:
@@ -336,12 +349,7 @@ def main() -> None:
     print(f"{len(finished)} of {len(runs)} runs are finished")
     if not finished:
         return
-    rows = [
-        quality_report.read(run.experiment, run.optimizer, run.seed, run.folder / "events")
-        for run in finished
-    ]
-    if workers.shares_gpus:
-        rows = [replace(row, iteration_ms=None) for row in rows]
+    rows = [row_of(run) for run in finished]
     record = record_of(options, setup, rows)
     options.json.write_text(json.dumps(record) + "\n")
     quality_report.draw(record, options.picture)
