@@ -14,6 +14,7 @@ with exit code 0: a scheduler can tell them apart by the file.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import runpy
 import sys
@@ -69,10 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         except RuntimeError as problem:
             parser.error(str(problem))
     from megatron_flashoptim.megatron.install import install
-    from megatron_flashoptim.megatron.wheel import skip_compilation_of_built_helpers
+    from megatron_flashoptim.megatron.wheel import (
+        log_as_megatron,
+        skip_compilation_of_built_helpers,
+    )
 
+    is_configured = logging.getLogger().hasHandlers()
     install()
     skip_compilation_of_built_helpers()
+    if not is_configured:
+        log_as_megatron()
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")

@@ -169,12 +169,12 @@ class TrainedGPT:
             params, options.bucket_size, torch.distributed.get_world_size(), ddp_config
         )
         released = FlashDistributedOptimizer.released_buffers()
-        # On a stream of its own, as in Megatron's training loop: gradients then come on that.
+        # On a stream of its own, as in Megatron's training loop.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
         stream.wait_stream(torch.cuda.current_stream())
         with (
-            torch.cuda.stream(stream),
             released if flash.gradient_release else contextlib.nullcontext(),
+            torch.cuda.stream(stream),
         ):
             self.chunk = DistributedDataParallel(
                 config, ddp_config, model, full_param_layout=layout

@@ -26,6 +26,8 @@ import torch
 from bench_gpt import check_same, environment, percentiles, tokens
 from bench_gradient_release import CHECKED, Trained, profiled, timed
 
+from megatron_flashoptim.megatron.release.buffers import ReleasedBuffer
+
 
 def _release_of(trained: Trained) -> Any:
     """Return what hooks itself into the bucket groups, whose inside the ways change."""
@@ -69,8 +71,10 @@ def step_on_a_stream_of_its_own(trained: Trained, *, at_once: bool) -> None:
         entry.group.start_grad_sync = dispatch_and_step
 
 
+ON_DDPS_STREAM = "gradients on DDP's stream"
 WAYS: dict[str, tuple[Callable[[Trained], None], ...]] = {
     "release": (),
+    ON_DDPS_STREAM: (),
     "before the next reduce-scatter": (step_before_the_next_reduction,),
     "added to zeros": (add_to_zeros,),
     "added to zeros, before": (add_to_zeros, step_before_the_next_reduction),
@@ -78,6 +82,20 @@ WAYS: dict[str, tuple[Callable[[Trained], None], ...]] = {
     "own stream": (functools.partial(step_on_a_stream_of_its_own, at_once=False),),
 }
 WITHOUT = "no release"
+
+
+def build(options: argparse.Namespace, way: str) -> Trained:
+    """Return a GPT that is trained in one of the ways."""
+    take = ReleasedBuffer.take_gradients_on
+    if way == ON_DDPS_STREAM:
+        ReleasedBuffer.take_gradients_on = lambda *_: None  # type: ignore[method-assign]  # for DDP
+    try:
+        trained = Trained(options, "off" if way == WITHOUT else "on")
+    finally:
+        ReleasedBuffer.take_gradients_on = take  # type: ignore[method-assign]  # as it was
+    for change in WAYS.get(way, ()):
+        change(trained)
+    return trained
 
 
 def parse() -> argparse.Namespace:
@@ -98,11 +116,7 @@ def parse() -> argparse.Namespace:
 
 def run_rank(options: argparse.Namespace) -> None:
     """Measure in a rank that torchrun has started."""
-    trained = {WITHOUT: Trained(options, "off")}
-    for way in options.ways:
-        trained[way] = Trained(options, "on")
-        for change in WAYS[way]:
-            change(trained[way])
+    trained = {way: build(options, way) for way in (WITHOUT, *options.ways)}
     for iteration in range(CHECKED):
         for one in trained.values():
             one.iterate(tokens(options, iteration))

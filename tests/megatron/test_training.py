@@ -164,6 +164,20 @@ def test_launcher_names_a_script_that_is_not_there() -> None:
     assert "SCRIPT 'no_such_script.py' is not a file" in done.stderr
 
 
+def test_lines_of_megatron_are_seen_whatever_an_import_logs(tmp_path: Path) -> None:
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("import logging\nlogging.info('-')\nraise ImportError\n")
+    script = tmp_path / "script.py"
+    script.write_text("import logging\nlogging.getLogger('megatron.core.timers').info('a timer')\n")
+    command = [sys.executable, "-m", "megatron_flashoptim.run", "--device", "cpu", str(script)]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("a timer")
+
+
 @pytest.mark.skipif(
     MEGATRON_LM is None,
     reason="needs MEGATRON_LM_PATH, a checkout of Megatron-LM core_v0.19.0 (not in the wheel)",
