@@ -36,6 +36,9 @@ def started_rank(options: argparse.Namespace) -> Iterator[None]:
 
         cpu.enable()
     else:
+        # As in scripts/slurm. With more, the gaps between a stream's kernels, 1.6 or 2.7 us,
+        # depend on which hardware queues CUDA has given to the process's streams.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
     from megatron.core import parallel_state
@@ -169,12 +172,12 @@ class TrainedGPT:
             params, options.bucket_size, torch.distributed.get_world_size(), ddp_config
         )
         released = FlashDistributedOptimizer.released_buffers()
-        # On a stream of its own, as in Megatron's training loop.
+        # On a stream of its own, as in Megatron's training loop: gradients then come on that.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
         stream.wait_stream(torch.cuda.current_stream())
         with (
-            released if flash.gradient_release else contextlib.nullcontext(),
             torch.cuda.stream(stream),
+            released if flash.gradient_release else contextlib.nullcontext(),
         ):
             self.chunk = DistributedDataParallel(
                 config, ddp_config, model, full_param_layout=layout

@@ -13,11 +13,12 @@ scripts/bench_gradient_release.py. Why it is done as it is: docs/gradient-releas
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +72,45 @@ def step_on_a_stream_of_its_own(trained: Trained, *, at_once: bool) -> None:
         entry.group.start_grad_sync = dispatch_and_step
 
 
-ON_DDPS_STREAM = "gradients on DDP's stream"
+@contextlib.contextmanager
+def gradients_on_the_stream_of_the_backward_pass() -> Iterator[None]:
+    """Have DDP, made meanwhile, get gradients there rather than on the stream it is made on.
+
+    Autograd calls a parameter's hooks on the stream that was current when its AccumulateGrad node
+    was made, and a node lives as long as someone keeps it.
+    """
+    hook_parameters = ReleasedBuffer.hook_parameters
+
+    def make_nodes_first(self: Any, hook_of: Any) -> None:
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            self.nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in self.params]
+        hook_parameters(self, hook_of)
+
+    ReleasedBuffer.hook_parameters = make_nodes_first  # type: ignore[method-assign]  # meanwhile
+    try:
+        yield
+    finally:
+        ReleasedBuffer.hook_parameters = hook_parameters  # type: ignore[method-assign]  # as it was
+
+
 WAYS: dict[str, tuple[Callable[[Trained], None], ...]] = {
     "release": (),
-    ON_DDPS_STREAM: (),
     "before the next reduce-scatter": (step_before_the_next_reduction,),
     "added to zeros": (add_to_zeros,),
     "added to zeros, before": (add_to_zeros, step_before_the_next_reduction),
     "own stream, at once": (functools.partial(step_on_a_stream_of_its_own, at_once=True),),
     "own stream": (functools.partial(step_on_a_stream_of_its_own, at_once=False),),
+    "gradients with the backward pass": (),
 }
+# What must be changed while DDP is made.
+MEANWHILE = {"gradients with the backward pass": gradients_on_the_stream_of_the_backward_pass}
 WITHOUT = "no release"
 
 
 def build(options: argparse.Namespace, way: str) -> Trained:
     """Return a GPT that is trained in one of the ways."""
-    take = ReleasedBuffer.take_gradients_on
-    if way == ON_DDPS_STREAM:
-        ReleasedBuffer.take_gradients_on = lambda *_: None  # type: ignore[method-assign]  # for DDP
-    try:
+    with MEANWHILE.get(way, contextlib.nullcontext)():
         trained = Trained(options, "off" if way == WITHOUT else "on")
-    finally:
-        ReleasedBuffer.take_gradients_on = take  # type: ignore[method-assign]  # as it was
     for change in WAYS.get(way, ()):
         change(trained)
     return trained

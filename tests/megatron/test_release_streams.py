@@ -87,26 +87,6 @@ def _use_clocks() -> list[_Stream]:
     return current
 
 
-def _make_ddp_on_another_stream(current: list[_Stream]) -> dict[torch.Tensor, str]:
-    """Return, once DDP is made, on which stream each parameter's AccumulateGrad node was made."""
-    from megatron.core.distributed import DistributedDataParallel
-
-    made_on: dict[torch.Tensor, str] = {}
-    expand_as, init = torch.nn.Parameter.expand_as, DistributedDataParallel.__init__
-
-    def noted(self: Any, other: torch.Tensor) -> torch.Tensor:
-        made_on.setdefault(self, current[-1].name)
-        return expand_as(self, other)
-
-    def on_another(self: Any, *args: Any, **kwargs: Any) -> None:
-        with torch.cuda.stream(_Stream()):
-            init(self, *args, **kwargs)
-
-    torch.nn.Parameter.expand_as = noted
-    DistributedDataParallel.__init__ = on_another
-    return made_on
-
-
 def _ordered() -> dict[str, Any]:
     """Train with 2 slots; return which of the needed orders were seen, and how often."""
     import checkpoints
@@ -115,7 +95,6 @@ def _ordered() -> dict[str, Any]:
     from megatron_flashoptim.optim import FlashOptimizer
 
     current = _use_clocks()
-    made_on = _make_ddp_on_another_stream(current)
     trainer = _build(True, {**OVERLAP, "layers": 3}, {"release_slots": 2})
     release: GradientRelease = trainer.optimizer.release
     (member,) = trainer.optimizer.chained_optimizers
@@ -277,7 +256,6 @@ def _ordered() -> dict[str, Any]:
     return {
         "found": found,
         "streams of steps": [current[0].name, *sorted(streams)],
-        "streams of gradients": [made_on.get(p) for p in trainer.model[0].parameters()],
         "put off": put_off,
         "buckets": len(release.groups),
     }
@@ -291,8 +269,6 @@ def test_what_shares_memory_is_ordered_on_the_streams_of_a_gpu() -> None:
     # Whatever stream was current when a bucket was reduced.
     compute, step = rank["streams of steps"]
     assert compute == step
-    # Although DDP is made on another, as in Megatron's training loop.
-    assert set(rank["streams of gradients"]) == {compute}
     assert set(rank["put off"]) == {1}
     steps = 3 * rank["buckets"]
     for order, seen in rank["found"].items():

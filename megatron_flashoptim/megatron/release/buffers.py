@@ -42,7 +42,6 @@ class ReleasedBuffer:
 
     regions: list[Region]
     on_reset: Callable[[], None] | None
-    _accumulators: Sequence[Any] = ()
     _grad_hooks: Sequence[RemovableHandle] = ()
     # Megatron's attributes.
     params: list[torch.nn.Parameter]
@@ -66,19 +65,6 @@ class ReleasedBuffer:
             offset += -(-size // chunk) * chunk
         self._gradients = addresses.tensor.view(self.grad_dtype)
         self.on_reset = None
-
-    def take_gradients_on(self, stream: Any) -> None:
-        """Have gradients come on the stream of the backward pass, whatever DDP is made on.
-
-        Autograd calls all hooks of a parameter on the stream that was current when its
-        AccumulateGrad node was made, here or in DDP. Megatron's training loop makes DDP on a
-        stream of its own, for CUDA graphs; each gradient is then waited for there.
-        """
-        with torch.cuda.stream(stream):
-            self._accumulators = [  # a parameter has a node as long as someone keeps it
-                param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-                for param in self.params
-            ]
 
     def hook_parameters(
         self, hook_of: Callable[[torch.nn.Parameter], Callable[[torch.Tensor], None]]
@@ -178,14 +164,13 @@ def _released_class(buffer_class: type) -> type:
 
 
 def wrap_buffer_init(
-    original: Callable[..., None], applies: Callable[[], bool], stream: Any = None
+    original: Callable[..., None], applies: Callable[[], bool]
 ) -> Callable[..., None]:
     """Return what stands in for ``_ParamAndGradBuffer.__init__``.
 
     Args:
         original: Megatron's.
         applies: whether gradients are released; asked at every call.
-        stream: of the backward pass; None: the default stream, as in Megatron's training loop.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -202,7 +187,6 @@ def wrap_buffer_init(
                 f"megatron-core {versions.installed_version()} allocates gradient buffers in a way "
                 "that --flash-gradient-release does not know; drop the flag"
             )
-        self.take_gradients_on(stream or torch.cuda.default_stream())
         self.hook_parameters(lambda _: _refuse_gradient)
 
     return __init__
@@ -213,12 +197,11 @@ def released_buffers() -> Iterator[None]:
     """Let every DistributedDataParallel made meanwhile have gradients without memory.
 
     For code that calls megatron.core without ``install()``; the optimizer must be built with
-    ``FlashOptimConfig(gradient_release=True)``. To be entered on the stream of the backward pass.
+    ``FlashOptimConfig(gradient_release=True)``.
     """
     owner = versions.find(MODULE, PATH)
     bound = owner.__init__
-    wrapped = wrap_buffer_init(bound, lambda: True, torch.cuda.current_stream())
-    owner.__init__ = functools.wraps(bound)(wrapped)
+    owner.__init__ = functools.wraps(bound)(wrap_buffer_init(bound, lambda: True))
     try:
         yield
     finally:
