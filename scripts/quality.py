@@ -60,6 +60,8 @@ LONG_MEMORY = ("--adam-beta2", "0.999")
 GROUPED = ("--moe-grouped-gemm", "--moe-permute-fusion")
 # Logits are the largest tensors of these models: 50,304 to a token.
 FUSED_LOSS = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
+# Its attention knows what causal is; a mask would be 64 MB of each batch that the host makes.
+WITHOUT_MASK = ("--no-create-attention-mask-in-dataloader",)
 # A tenth of AdamW's rate with ten times its decay, as Lion's authors advise (arXiv 2302.06675).
 LION = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
 
@@ -212,7 +214,7 @@ def _of_device(device: str, *, has_experts: bool) -> tuple[str, ...]:
         return MEGATRON_FLAGS
     if not importlib.util.find_spec("transformer_engine"):
         return CUDA_FLAGS
-    flags = (*FUSED_LOSS, *(GROUPED if has_experts else ()))
+    flags = (*FUSED_LOSS, *WITHOUT_MASK, *(GROUPED if has_experts else ()))
     # Without it Megatron refuses to build its own output layer, whoever makes the others.
     fuses = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
     return flags if fuses else (*flags, "--no-gradient-accumulation-fusion")
@@ -227,16 +229,18 @@ def command_of(
     command += ["--standalone", "--local-addr", "127.0.0.1"]
     command += ["-m", "megatron_flashoptim.run", "--device", device]
     command += ["--finished", str(run.finished)]
-    command += [str(REPOSITORY / "scripts" / "pretrain_gpt.py"), *run.arguments]
+    command.append(str(REPOSITORY / "scripts" / "pretrain_gpt.py"))
+    # Before the run's own, so that others can be given after "--".
+    command += ["--eval-interval", "250", "--save-interval", "750", "--log-interval", "10"]
+    command += run.arguments
     for split in ("train", "valid"):
         command += [f"--{split}-data-path", str(options.corpus / f"{split}_document")]
     # The cache of a run is its own: two that build one at a time read it half written.
     command += ["--data-cache-path", str(run.folder / "cache")]
-    command += ["--eval-interval", "250", "--full-validation", "--multiple-validation-sets"]
+    command += ["--full-validation", "--multiple-validation-sets"]
     # Loaded by as many ranks as have saved, so that the optimizer's state is saved as it lies.
-    command += ["--save", str(checkpoints), "--save-interval", "750", "--load", str(checkpoints)]
-    command += ["--log-interval", "10", "--timing-log-level", "0"]
-    command += ["--tensorboard-dir", str(run.folder / "events")]
+    command += ["--save", str(checkpoints), "--load", str(checkpoints)]
+    command += ["--timing-log-level", "0", "--tensorboard-dir", str(run.folder / "events")]
     command += ["--log-timers-to-tensorboard", "--log-memory-to-tensorboard"]
     if minutes is not None:
         command += ["--exit-duration-in-mins", str(minutes)]

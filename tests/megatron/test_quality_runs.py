@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_where_it_was(
 ) -> None:
     """Stopped as by ``--minutes``, but after 20 iterations; then up to the end, and reused."""
     arguments = ["--output", str(tmp_path), "--corpus", str(text_corpus), "--device", "cpu"]
-    arguments += ["--only", "d", "--seeds", "7", "--", *TINY]
+    arguments += ["--only", "d", "--seeds", "7", "--", *TINY, "--eval-interval", "15"]
     experiment = quality.EXPERIMENTS["d"]
     flash = {"flash_lion": experiment.optimizers["flash_lion"]}
     only = quality.Experiment(experiment.title, experiment.model, experiment.shared, flash)
@@ -137,24 +137,28 @@ def test_a_stopped_run_goes_on_where_it_was(
     command_of = quality.command_of
     stop = ["--exit-interval", "20"]
     monkeypatch.setattr(quality, "command_of", lambda *args: [*command_of(*args), *stop])
-    _main(monkeypatch, *arguments)
+    _main(monkeypatch, "--parallel", "2", *arguments)
     assert "stopped, to go on from its checkpoint\n0 of 1 runs" in capfd.readouterr().out
+    (folder,) = (tmp_path / "runs").iterdir()
+    (folder / "shared-gpu").rename(tmp_path / "shared-gpu")
     stop.clear()
     _main(monkeypatch, *arguments)
     printed = capfd.readouterr().out
     assert "1 of 1 runs are finished" in printed and "seed 7: finished" in printed
-    (folder,) = (tmp_path / "runs").iterdir()
     first, second = ((folder / f"log-{number}.txt").read_text() for number in (1, 2))
     assert "iteration       20/      30" in first and "iteration       21/" not in first
     assert "iteration       20/" not in second and "iteration       30/      30" in second
     record = json.loads((tmp_path / "quality.json").read_text())
     (run,) = record["runs"]
+    assert set(run["validation"]) == {"15", "30"}
     assert run["iterations"] == 30 and len(run["losses"]) == len(run["grad_norms"]) == 3
     assert run["losses"][0] > run["losses"][-1] > run["validation"]["30"] - 1
     assert run["iteration_ms"] > 0 and (tmp_path / "quality.png").stat().st_size > 10_000
     assert f"| d | flash_lion | 7 | {run['validation']['30']:.4f} (" in printed
+    (tmp_path / "shared-gpu").rename(folder / "shared-gpu")
     _main(monkeypatch, *arguments)
-    assert "starts" not in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "starts" not in printed and printed.rstrip().splitlines()[-4].endswith(" | - | - |")
 
 
 def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
@@ -168,9 +172,10 @@ def test_layers_are_those_of_the_packages_that_are_there(monkeypatch: pytest.Mon
     assert quality._of_device("cuda", has_experts=True) == quality.CUDA_FLAGS
     installed.add("transformer_engine")
     flags = quality._of_device("cuda", has_experts=False)
-    assert flags == (*quality.FUSED_LOSS, "--no-gradient-accumulation-fusion")
+    dense = (*quality.FUSED_LOSS, *quality.WITHOUT_MASK)
+    assert flags == (*dense, "--no-gradient-accumulation-fusion")
     installed.add("fused_weight_gradient_mlp_cuda")  # of Apex
-    assert quality._of_device("cuda", has_experts=True) == (*quality.FUSED_LOSS, *quality.GROUPED)
+    assert quality._of_device("cuda", has_experts=True) == (*dense, *quality.GROUPED)
 
 
 def test_the_table_compares_the_seeds_that_both_have() -> None:
