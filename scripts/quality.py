@@ -151,6 +151,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=int, metavar="N", help="stop, with checkpoints, after this time"
     )
     parser.add_argument(
+        "--report", action="store_true", help="start no run; report those that are finished"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=REPOSITORY / "quality-out",
@@ -347,8 +350,8 @@ def main() -> None:
     options = parse()
     setup = choose_setup(argparse.Namespace(device=options.device, ranks=1))
     runs = all_runs(options, setup.device)
-    workers = Workers(options, setup, places(options, setup.device))
-    workers.run(runs)
+    if not options.report:
+        Workers(options, setup, places(options, setup.device)).run(runs)
     finished = [run for run in runs if run.finished.exists()]
     print(f"{len(finished)} of {len(runs)} runs are finished")
     if not finished:

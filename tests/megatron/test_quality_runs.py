@@ -137,6 +137,8 @@ def test_a_stopped_run_goes_on_where_it_was(
     command_of = quality.command_of
     stop = ["--exit-interval", "20"]
     monkeypatch.setattr(quality, "command_of", lambda *args: [*command_of(*args), *stop])
+    _main(monkeypatch, "--report", *arguments)
+    assert capfd.readouterr().out.endswith("\n0 of 1 runs are finished\n")
     _main(monkeypatch, "--parallel", "2", *arguments)
     assert "stopped, to go on from its checkpoint\n0 of 1 runs" in capfd.readouterr().out
     (folder,) = (tmp_path / "runs").iterdir()
