@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = expand(options.arguments)
     except ValueError as problem:
         parser.error(str(problem))
+    logs_already = logging.getLogger().hasHandlers()
     if options.device == "cpu":
         from megatron_flashoptim.megatron import cpu
 
@@ -70,15 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         except RuntimeError as problem:
             parser.error(str(problem))
     from megatron_flashoptim.megatron.install import install
-    from megatron_flashoptim.megatron.wheel import (
+    from megatron_flashoptim.megatron.launching import (
         log_as_megatron,
         skip_compilation_of_built_helpers,
     )
 
-    is_configured = logging.getLogger().hasHandlers()
     install()
     skip_compilation_of_built_helpers()
-    if not is_configured:
+    if not logs_already:
         log_as_megatron()
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(script)

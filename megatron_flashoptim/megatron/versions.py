@@ -127,6 +127,7 @@ NEEDED_BY_INSTALL: dict[str, tuple[str, ...]] = {
         "generate_state_dict",
     ),
     "megatron.training.global_vars": ("_GLOBAL_ARGS",),
+    "megatron.training.log_handler": ("CustomHandler",),
     "megatron.training.training": ("report_theoretical_memory",),
 }
 

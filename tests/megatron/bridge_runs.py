@@ -44,7 +44,7 @@ def _importable_transformer_engine() -> Iterator[None]:
 
 def import_bridge() -> None:
     """Import Bridge in this process, so that forked ranks have it already."""
-    from megatron_flashoptim.megatron.wheel import skip_compilation_of_built_helpers
+    from megatron_flashoptim.megatron.launching import skip_compilation_of_built_helpers
 
     skip_compilation_of_built_helpers()
     with _importable_transformer_engine():

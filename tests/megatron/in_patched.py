@@ -22,7 +22,7 @@ EXPECTED: dict[str, Any] = json.loads(os.environ.get("FLASHOPTIM_PATCHED", "{}")
 
 
 def _train(command: list[str]) -> str:
-    from megatron_flashoptim.megatron.wheel import skip_compilation_of_built_helpers
+    from megatron_flashoptim.megatron.launching import skip_compilation_of_built_helpers
 
     skip_compilation_of_built_helpers()
     sys.argv = command

@@ -1,11 +1,4 @@
-"""Work around gaps of the megatron-core wheel, for scripts run by the launcher.
-
-``megatron.training`` compiles the dataset helpers with ``make`` at start-up and exits if that
-fails. The wheel holds the compiled helpers and no Makefile.
-
-It configures logging when it is imported, which does nothing once a module that was imported
-before has logged something: timers and all else of level INFO are lost then.
-"""
+"""What the launcher sets right in Megatron before it runs a script."""
 
 from __future__ import annotations
 
@@ -15,7 +8,11 @@ import os
 
 
 def skip_compilation_of_built_helpers() -> None:
-    """Make ``compile_helpers()`` do nothing where helpers are built and no Makefile is there."""
+    """Make ``compile_helpers()`` do nothing where helpers are built and no Makefile is there.
+
+    ``megatron.training`` compiles the dataset helpers with ``make`` at start-up and exits if that
+    fails. The megatron-core wheel holds the compiled helpers and no Makefile.
+    """
     from megatron.core.datasets import utils
 
     folder = os.path.dirname(os.path.abspath(utils.__file__))
@@ -26,7 +23,11 @@ def skip_compilation_of_built_helpers() -> None:
 
 
 def log_as_megatron() -> None:
-    """Configure logging as ``megatron.training`` does, if an import came before it."""
+    """Configure logging as ``megatron.training`` does when it is imported.
+
+    That does nothing once a module that was imported before it has logged something. Megatron's
+    timers, and all else of level INFO, would be lost.
+    """
     from megatron.training.log_handler import CustomHandler
 
     if not any(isinstance(handler, CustomHandler) for handler in logging.getLogger().handlers):
