@@ -36,8 +36,7 @@ def started_rank(options: argparse.Namespace) -> Iterator[None]:
 
         cpu.enable()
     else:
-        # As in scripts/slurm. With more, the gaps between a stream's kernels, 1.6 or 2.7 us,
-        # depend on which hardware queues CUDA has given to the process's streams.
+        # As in scripts/slurm. With CUDA's default, times differ from process to process.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")

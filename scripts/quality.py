@@ -122,6 +122,17 @@ class Run:
         return self.folder / "shared-gpu"
 
     @property
+    def commits(self) -> list[str]:
+        """Of the repository, whenever it was started."""
+        made = self.folder / "commits.txt"
+        return made.read_text().split() if made.exists() else []
+
+    def note_commit(self, commit: str) -> None:
+        """Add a commit, if it is another one."""
+        commits = dict.fromkeys((*self.commits, commit))
+        (self.folder / "commits.txt").write_text("\n".join(commits) + "\n")
+
+    @property
     def name(self) -> str:
         """As printed."""
         return f"{self.experiment}: {self.optimizer}, seed {self.seed}"
@@ -183,12 +194,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def all_runs(options: argparse.Namespace, device: str) -> list[Run]:
+def all_runs(options: argparse.Namespace, setup: Setup) -> list[Run]:
     """Return the runs asked for, experiments in the order of --only.
 
-    Each folder is named by everything that its losses depend on, so that a change of the sources
-    begins anew.
+    Each folder is named by everything that its losses depend on, so that a change of the sources,
+    of a package or of the device begins anew.
     """
+    where = [setup.hardware, versions_of(setup)]
     corpus = json.loads((options.corpus / "corpus.json").read_text())
     runs = []
     for letter in options.only:
@@ -197,13 +209,13 @@ def all_runs(options: argparse.Namespace, device: str) -> list[Run]:
             for optimizer, own in experiment.optimizers.items():
                 arguments = (
                     *expand([f"@{REPOSITORY / experiment.model}"]),
-                    *_of_device(device, has_experts=experiment.model == MOE),
+                    *_of_device(setup.device, has_experts=experiment.model == MOE),
                     *experiment.shared,
                     *own,
                     *("--seed", str(seed)),
                     *options.megatron,
                 )
-                made_from = [arguments, corpus["text_sha256"], source_digest()]
+                made_from = [arguments, corpus["text_sha256"], source_digest(), where]
                 digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
                 folder = options.output / "runs" / f"{letter}-{own[1]}-{seed}-{digest[:8]}"
                 runs.append(Run(letter, optimizer, seed, folder, arguments))
@@ -216,7 +228,8 @@ def _of_device(device: str, *, has_experts: bool) -> tuple[str, ...]:
 
         return MEGATRON_FLAGS
     if not importlib.util.find_spec("transformer_engine"):
-        return CUDA_FLAGS
+        # Attention that is not fused keeps 1024 x 1024 scores of each head and sequence.
+        return (*CUDA_FLAGS, "--micro-batch-size", "8")
     flags = (*FUSED_LOSS, *WITHOUT_MASK, *(GROUPED if has_experts else ()))
     # Without it Megatron refuses to build its own output layer, whoever makes the others.
     fuses = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
@@ -267,12 +280,19 @@ class Workers:
         """Go on with all that are not finished.
 
         Raises:
-            RunFailed: of the first that failed, once the others have ended.
+            RunFailed: of all that failed, once the others have ended.
         """
+        begun = [run for run in runs if not run.finished.exists()]
         with ThreadPoolExecutor(self._count) as pool:
-            futures = [pool.submit(self._run, run) for run in runs if not run.finished.exists()]
-        for future in futures:
-            future.result()
+            futures = [pool.submit(self._run, run) for run in begun]
+        failed = []
+        for run, future in zip(begun, futures, strict=True):
+            try:
+                future.result()
+            except RunFailed as failure:
+                failed.append(f"{run.name}: {failure}")
+        if failed:
+            raise RunFailed("\n".join(failed))
 
     def _run(self, run: Run) -> None:
         minutes = None
@@ -284,7 +304,7 @@ class Workers:
         place = self._places.get()
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "arguments.json").write_text(json.dumps(run.arguments, indent=2) + "\n")
+            run.note_commit(git_commit() or "unknown")
             if self._shares_gpus:
                 run.shared_gpu.touch()
             log = run.folder / f"log-{len(list(run.folder.glob('log-*.txt'))) + 1}.txt"
@@ -322,16 +342,23 @@ def row_of(run: Run) -> Row:
     return replace(row, iteration_ms=None) if run.shared_gpu.exists() else row
 
 
-def record_of(options: argparse.Namespace, setup: Setup, rows: list[Row]) -> dict[str, Any]:
-    """Return everything that a reader needs to judge and repeat the figures."""
+def versions_of(setup: Setup) -> dict[str, str]:
+    """Return versions of all packages that losses depend on."""
     versions = dict(setup.versions)
     for package in ("transformer_engine", "emerging_optimizers"):
         if importlib.util.find_spec(package):
             versions[package.replace("_", "-")] = importlib.metadata.version(package)
+    return versions
+
+
+def record_of(options: argparse.Namespace, setup: Setup, finished: list[Run]) -> dict[str, Any]:
+    """Return everything that a reader needs to judge and repeat the figures."""
+    rows = [row_of(run) for run in finished]
+    commits = dict.fromkeys(commit for run in finished for commit in run.commits)
     return {
         "device": setup.hardware,
-        "versions": versions,
-        "commit": git_commit(),
+        "versions": versions_of(setup),
+        "commit": ", ".join(commits),
         "commands": [shlex.join(["python", "scripts/quality.py", *sys.argv[1:]])],
         "corpus": json.loads((options.corpus / "corpus.json").read_text()),
         "experiments": {
@@ -349,15 +376,25 @@ def main() -> None:
     """Make what runs are not finished; write numbers and plot of those that are."""
     options = parse()
     setup = choose_setup(argparse.Namespace(device=options.device, ranks=1))
-    runs = all_runs(options, setup.device)
+    runs = all_runs(options, setup)
+    failure = None
     if not options.report:
-        Workers(options, setup, places(options, setup.device)).run(runs)
+        try:
+            Workers(options, setup, places(options, setup.device)).run(runs)
+        except RunFailed as problem:
+            failure = problem
+    report(options, setup, runs)
+    if failure:
+        raise failure
+
+
+def report(options: argparse.Namespace, setup: Setup, runs: list[Run]) -> None:
+    """Print the table of the runs that are finished; write numbers and plot."""
     finished = [run for run in runs if run.finished.exists()]
     print(f"{len(finished)} of {len(runs)} runs are finished")
     if not finished:
         return
-    rows = [row_of(run) for run in finished]
-    record = record_of(options, setup, rows)
+    record = record_of(options, setup, finished)
     options.json.write_text(json.dumps(record) + "\n")
     quality_report.draw(record, options.picture)
     print(f"\n{quality_report.table(record)}\n")

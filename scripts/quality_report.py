@@ -114,7 +114,8 @@ def rows_of(record: dict[str, Any]) -> dict[str, dict[str, list[Row]]]:
 def table(record: dict[str, Any]) -> str:
     """Return Markdown: final validation losses over seeds, and what the optimizer changed.
 
-    The difference is the mean over the seeds that both have; "spread" is the range over seeds.
+    The difference is mean and standard deviation over the seeds that both have; "spread" is the
+    range over seeds.
     """
     lines = [
         "| experiment | optimizer | seeds | final validation loss | spread | minus the first "
@@ -131,8 +132,10 @@ def table(record: dict[str, Any]) -> str:
             both = sorted(finals.keys() & first.keys())
             difference = "-"
             if finals is not first and both:
-                mean = statistics.fmean(finals[seed] - first[seed] for seed in both)
-                difference = f"{mean:+.4f}"
+                of_seeds = [finals[seed] - first[seed] for seed in both]
+                difference = f"{statistics.fmean(of_seeds):+.4f}"
+                if len(both) > 1:
+                    difference += f" ± {statistics.stdev(of_seeds):.4f}"
             times = [row.iteration_ms for row in rows if row.iteration_ms is not None]
             each = ", ".join(f"{loss:.4f}" for loss in finals.values())
             spread = max(finals.values()) - min(finals.values())

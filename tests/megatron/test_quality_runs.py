@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -19,6 +21,7 @@ import quality
 import quality_corpus
 import quality_report
 import sentencepiece
+from quickstart_runs import RunFailed
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 VOCABULARY, HELD_OUT = 512, 4 * 64 * 2 + 1
@@ -163,6 +166,42 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert "starts" not in printed and printed.rstrip().splitlines()[-4].endswith(" | - | - |")
 
 
+def test_a_failed_run_keeps_no_other_from_the_report(
+    text_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported = []
+
+    def run_logged(command: list[str], log: Path, *_: object, **__: object) -> None:
+        if "adam" in command:
+            raise RunFailed(f"exit code 1; {log.name}")
+        Path(command[command.index("--finished") + 1]).touch()
+
+    monkeypatch.setattr(quality, "run_logged", run_logged)
+    monkeypatch.setattr(quality, "report", lambda _, __, runs: reported.extend(runs))
+    arguments = ["--output", str(tmp_path), "--corpus", str(text_corpus), "--device", "cpu"]
+    with pytest.raises(RunFailed) as failed:
+        _main(monkeypatch, *arguments, "--only", "a", "--seeds", "1", "2")
+    assert str(failed.value).splitlines() == [
+        f"a: adam, seed {seed}: exit code 1; log-1.txt" for seed in (1, 2)
+    ]
+    finished = {run.name: run.commits for run in reported if run.finished.exists()}
+    assert list(finished) == ["a: flash_adamw, seed 1", "a: flash_adamw, seed 2"]
+    assert all(len(commits) == 1 for commits in finished.values())
+
+
+def test_another_device_or_package_begins_anew(
+    text_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = quality.parse(["--corpus", str(text_corpus), "--only", "a", "--seeds", "1"])
+    setup = quality.choose_setup(argparse.Namespace(device="cpu", ranks=1))
+    folders = {run.folder for run in quality.all_runs(options, setup)}
+    assert folders == {run.folder for run in quality.all_runs(options, setup)}
+    versions = {**setup.versions, "torch": "2.12"}
+    for other in ({"hardware": "another"}, {"versions": versions}):
+        changed = dataclasses.replace(setup, **other)
+        assert not folders & {run.folder for run in quality.all_runs(options, changed)}
+
+
 def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
     row = quality_report.Row("a", optimizer, seed, 20, {20: final}, [3.0], [1.0], 5.0, 0)
     return vars(row)
@@ -171,7 +210,8 @@ def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
 def test_layers_are_those_of_the_packages_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
-    assert quality._of_device("cuda", has_experts=True) == quality.CUDA_FLAGS
+    without = (*quality.CUDA_FLAGS, "--micro-batch-size", "8")
+    assert quality._of_device("cuda", has_experts=True) == without
     installed.add("transformer_engine")
     flags = quality._of_device("cuda", has_experts=False)
     dense = (*quality.FUSED_LOSS, *quality.WITHOUT_MASK)
@@ -188,7 +228,8 @@ def test_the_table_compares_the_seeds_that_both_have() -> None:
         json.loads(json.dumps({"runs": runs, "experiments": {"a": described}}))
     ).splitlines()
     assert adam == "| a | adam | 1, 2, 3 | 2.2500 (2.0000, 2.2500, 2.5000) | 0.5000 | - | 5 |"
-    assert flash == "| a | flash_adamw | 2, 3 | 2.3750 (2.3750, 2.3750) | 0.0000 | +0.0000 | 5 |"
+    first = "| a | flash_adamw | 2, 3 | 2.3750 (2.3750, 2.3750) | 0.0000 | "
+    assert flash == f"{first}+0.0000 ± 0.1768 | 5 |"
 
 
 def _record(experiment: str, seeds: tuple[int, ...], **other: object) -> dict[str, object]:
