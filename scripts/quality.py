@@ -80,7 +80,17 @@ class Experiment:
 
 
 EXPERIMENTS = {
-    "a": Experiment("GPT-2 124M, beta2 0.95", GPT, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
+    "a": Experiment(
+        "GPT-2 124M, beta2 0.95",
+        GPT,
+        (),
+        {
+            "adam": ADAM,
+            "flash_adamw": FLASH_ADAMW,
+            # The other code of the second moment: docs/stress-grid.md asks which is to be default.
+            "flash_adamw, fourth_root": (*FLASH_ADAMW, "--flash-exp-avg-sq-code", "fourth_root"),
+        },
+    ),
     "b": Experiment(
         "GPT-2 124M, beta2 0.999",
         GPT,
@@ -217,7 +227,8 @@ def all_runs(options: argparse.Namespace, setup: Setup) -> list[Run]:
                 )
                 made_from = [arguments, corpus["text_sha256"], source_digest(), where]
                 digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-                folder = options.output / "runs" / f"{letter}-{own[1]}-{seed}-{digest[:8]}"
+                name = optimizer.replace(", ", "-")
+                folder = options.output / "runs" / f"{letter}-{name}-{seed}-{digest[:8]}"
                 runs.append(Run(letter, optimizer, seed, folder, arguments))
     return runs
 

@@ -180,12 +180,12 @@ def test_a_failed_run_keeps_no_other_from_the_report(
     monkeypatch.setattr(quality, "report", lambda _, __, runs: reported.extend(runs))
     arguments = ["--output", str(tmp_path), "--corpus", str(text_corpus), "--device", "cpu"]
     with pytest.raises(RunFailed) as failed:
-        _main(monkeypatch, *arguments, "--only", "a", "--seeds", "1", "2")
+        _main(monkeypatch, *arguments, "--only", "c", "--seeds", "1", "2")
     assert str(failed.value).splitlines() == [
-        f"a: adam, seed {seed}: exit code 1; log-1.txt" for seed in (1, 2)
+        f"c: adam, seed {seed}: exit code 1; log-1.txt" for seed in (1, 2)
     ]
     finished = {run.name: run.commits for run in reported if run.finished.exists()}
-    assert list(finished) == ["a: flash_adamw, seed 1", "a: flash_adamw, seed 2"]
+    assert list(finished) == ["c: flash_adamw, seed 1", "c: flash_adamw, seed 2"]
     assert all(len(commits) == 1 for commits in finished.values())
 
 
