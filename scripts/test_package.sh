@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the wheel and the source distribution as a release does, looks into both, and tries each
-# in a clean environment, away from the repository:
+# in a clean environment, away from the repository. Dependencies are linked, not resolved:
 #
 #   scripts/test_package.sh [FOLDER]    keeps both in FOLDER, to publish them
 #

@@ -138,7 +138,12 @@ def test_console_script_plans_a_run_and_says_nothing_of_its_imports() -> None:
     assert title.startswith(f"{parameters:,} parameters on a rank") and "size 2, " in title
     assert header.split() == "bytes on the rank weights grads state fp32 grads GiB in all".split()
     table = {name: figures for name, *figures in (row.rsplit(maxsplit=5) for row in rows)}
-    assert notes.startswith("fp8 moments take what bf16 ones do") and len(notes.splitlines()) == 1
+    of_fp8, of_activations = notes.splitlines()
+    assert of_fp8.startswith("fp8 moments take what bf16 ones do")
+    # Of two layers without tensor parallelism; of embedding, last norm and logits.
+    tokens = 64
+    estimate = tokens * (2 * 64 * (10 + 24) + 8 + 64 + 2 * (256 + 64)) * 1.05
+    assert of_activations.startswith(f"activations come on top: {estimate / 2**30:.3f} GiB")
     for name, state in (
         ("adam (fp32 master and moments)", 12),
         ("flash_adamw, 32-bit masters", 4.125),

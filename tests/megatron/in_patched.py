@@ -207,6 +207,9 @@ def _build_without_plugin(flash: object) -> str:
     import tiny_gpt
     from megatron.core import optimizer
 
+    import megatron_flashoptim.megatron as package
+
+    vars(package).pop("hooks")
     sys.modules["megatron_flashoptim.megatron.hooks"] = None  # type: ignore[assignment]
     vars(optimizer).pop("flashoptim")
     importlib.reload(optimizer)
