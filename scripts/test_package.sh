@@ -6,8 +6,9 @@
 #
 # A clean environment is a new one in which pip installs the built file, and which sees of this
 # project's environment only the packages that the file asks for: the repository is not in it, and
-# torch is not installed anew. The wheel is tried without extras, the source distribution with
-# [train]: it trains. PYTHON and VENV are those of scripts/quickstart.sh.
+# torch is not installed anew. These packages are links, so that pip resolves no versions. The wheel
+# is tried without extras, the source distribution with [train]: it trains. No other extra is
+# installed. PYTHON and VENV are those of scripts/quickstart.sh.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

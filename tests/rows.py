@@ -16,6 +16,9 @@ SGD_OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.5, "nesterov": True, "decoupled_weight_decay": True},
     {"momentum": 0.99, "nesterov": True, "decoupled_weight_decay": False},
 ]
+# Every rule beside the two of Adam, by name: three param groups of options, as far apart as one
+# would set them.
+RULE_OPTIONS = {"flash_lion": LION_OPTIONS, "flash_sgd": SGD_OPTIONS}
 
 
 def adam_row(

@@ -15,6 +15,7 @@ FILES_APART = {
     "checkpoint/offline.py": "megatron-flashoptim convert",
     "megatron/bridge.py": "Megatron-Bridge's recipes, which it looks for itself",
     "megatron/cpu.py": "--device cpu, which runs before Megatron is imported",
+    "megatron/memory/activations.py": "megatron-flashoptim memory",
     "megatron/memory/nominal.py": "megatron-flashoptim memory",
     "megatron/memory/planned_args.py": "megatron-flashoptim memory",
     "megatron/memory/planner.py": "megatron-flashoptim memory, with 0.18 and newer",

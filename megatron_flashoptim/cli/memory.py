@@ -194,6 +194,11 @@ def render_run(size: RunSize) -> str:
             f"{size.optimizer}: grads are at most this, the pool of {size.release_slots} buckets "
             "if all were as large as the largest; Adam's are not released"
         )
+    if size.activations:
+        notes.append(
+            f"activations come on top: {size.activations / GIB:.3f} GiB on a rank of the first "
+            "stage by Megatron's formula, which knows no recomputation; not measured"
+        )
     return f"{title}\n\n" + _table(rows, "", notes)
 
 
@@ -307,7 +312,8 @@ COMMAND = Command(
     description="Compare Adam, the precision-aware optimizer and flash optimizers.\n"
     "Give a number of parameters, the arguments of a GPT's pretrain_gpt.py,\n"
     "or a checkpoint of a GPT.\n\n"
-    "weights, grads  Megatron's buffers, padding included; not activations\n"
+    "weights, grads  Megatron's buffers, padding included; Megatron's estimate of\n"
+    "                activations is a line below, with Megatron's arguments\n"
     "state           what the optimizer keeps, shared by the data-parallel ranks\n"
     "fp32 grads      with bf16 gradients, Megatron's Adam copies those whose state a rank\n"
     "                has to fp32 in the step and holds the copy until the next iteration:\n"

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
@@ -148,21 +149,28 @@ def installed_version() -> str:
         return "(not installed)"
 
 
+class BrokenPackageError(ImportError):
+    """A package that Megatron imports is installed and does not work."""
+
+
 def find(module: str, path: str) -> Any:
     """Return the object that holds the last name of a path in a module of Megatron.
 
     Raises:
+        BrokenPackageError: names a package that the module imports and that does not work.
         ImportError: names the version of megatron-core and what it lacks.
     """
+    in_bridge = module.startswith("megatron.bridge.")
     try:
-        owner: Any = importlib.import_module(module)
+        owner: Any = _import(module)
         *parents, attribute = path.split(".")
         for part in parents:
             owner = getattr(owner, part)
         getattr(owner, attribute)
+    except BrokenPackageError:
+        raise
     except (ImportError, AttributeError) as problem:
         missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
-        in_bridge = module.startswith("megatron.bridge.")
         package = "megatron-bridge" if in_bridge else f"megatron-core {installed_version()}"
         extra, tested = ("bridge", (TESTED_BRIDGE,)) if in_bridge else ("train", TESTED)
         if missing and missing.partition(".")[0] != "megatron":
@@ -177,10 +185,61 @@ def find(module: str, path: str) -> Any:
     return owner
 
 
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    # Whatever is raised where a package is imported: OSError of a library that cannot be loaded.
+    except Exception as problem:
+        broken = _broken_package(problem)
+        if broken is None:
+            raise
+        torch = importlib.import_module("torch")
+        said = " ".join(str(problem).split())
+        raise BrokenPackageError(
+            f"{module} imports the package {broken}, which is installed and does not work "
+            f"({type(problem).__name__}: {said}). Reinstall or rebuild it for torch "
+            f"{torch.__version__}, CUDA {torch.version.cuda}, or uninstall it"
+        ) from problem
+
+
+def _broken_package(problem: Exception) -> str | None:
+    """Return the package that failed while Megatron imported it, None if Megatron did itself."""
+    if isinstance(problem, ModuleNotFoundError):
+        return None
+    # Without torch nothing came this far: what it lacks is for a newer or an older Megatron.
+    apart = {"", "megatron", "megatron_flashoptim", "torch", *sys.stdlib_module_names}
+    raised_in = None
+    trace = problem.__traceback__
+    while trace is not None:
+        package = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if package == "megatron":
+            raised_in = None
+        elif raised_in is None and package not in apart:
+            raised_in = package
+        trace = trace.tb_next
+    if raised_in is None and isinstance(problem, ImportError):
+        # An extension module has no frame, and a name that a package lacks is missed in Megatron's.
+        raised_in = _package_of(problem.path or "") or str(problem.name or "").partition(".")[0]
+    return None if raised_in in apart else raised_in
+
+
+def _package_of(file: str) -> str:
+    """Return the package that a file on the path belongs to, "" if there is none."""
+    folders = [folder for folder in sys.path if folder and file.startswith(f"{folder}/")]
+    inside = file.removeprefix(max(folders, key=len, default=file)).lstrip("/")
+    return inside.partition("/")[0].partition(".")[0]
+
+
 def has(module: str, path: str) -> bool:
-    """Return whether Megatron has a name."""
+    """Return whether Megatron has a name.
+
+    Raises:
+        BrokenPackageError: as ``find``: then it cannot be told.
+    """
     try:
         find(module, path)
+    except BrokenPackageError:
+        raise
     except ImportError:
         return False
     return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from console import error, run, run_installed
 
+from megatron_flashoptim.optim.rules import RULES, rule_of
+
 GPT = """--num-layers 2 --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --bf16
 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --lr 1e-3 --train-iters 10
 --vocab-size 256 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
@@ -14,17 +16,21 @@ GPT = """--num-layers 2 --hidden-size 64 --ffn-hidden-size 256 --num-attention-h
 def test_table_shows_the_bytes_of_the_formats() -> None:
     done = run("memory", "--parameters", "1e9", "--grad-dtype", "bf16")
     assert done.returncode == 0, done.stderr
+    one, two = (
+        ", ".join(name for name in RULES if rule_of(name).keeps_exp_avg_sq == both)
+        for both in (False, True)
+    )
     assert _per_parameter(done.stdout) == {
         "adam (fp32 master and moments)": 20.0,  # 4 for the fp32 main gradient
         "precision-aware, fp32 moments": 14.0,
         "precision-aware, bf16 moments": 10.0,
         "precision-aware, fp8 moments": 10.0,
-        "flash_adamw, flash_adam, 32-bit masters": 8.125,
-        "flash_adamw, flash_adam, 24-bit masters": 7.125,
-        "flash_adamw, flash_adam, 16-bit masters": 6.125,
-        "flash_lion, flash_sgd, 32-bit masters": 7.062,
-        "flash_lion, flash_sgd, 24-bit masters": 6.062,
-        "flash_lion, flash_sgd, 16-bit masters": 5.062,
+        f"{two}, 32-bit masters": 8.125,
+        f"{two}, 24-bit masters": 7.125,
+        f"{two}, 16-bit masters": 6.125,
+        f"{one}, 32-bit masters": 7.062,
+        f"{one}, 24-bit masters": 6.062,
+        f"{one}, 16-bit masters": 5.062,
     }
 
 
@@ -132,7 +138,12 @@ def test_console_script_plans_a_run_and_says_nothing_of_its_imports() -> None:
     assert title.startswith(f"{parameters:,} parameters on a rank") and "size 2, " in title
     assert header.split() == "bytes on the rank weights grads state fp32 grads GiB in all".split()
     table = {name: figures for name, *figures in (row.rsplit(maxsplit=5) for row in rows)}
-    assert notes.startswith("fp8 moments take what bf16 ones do") and len(notes.splitlines()) == 1
+    of_fp8, of_activations = notes.splitlines()
+    assert of_fp8.startswith("fp8 moments take what bf16 ones do")
+    # Of two layers without tensor parallelism; of embedding, last norm and logits.
+    tokens = 64
+    estimate = tokens * (2 * 64 * (10 + 24) + 8 + 64 + 2 * (256 + 64)) * 1.05
+    assert of_activations.startswith(f"activations come on top: {estimate / 2**30:.3f} GiB")
     for name, state in (
         ("adam (fp32 master and moments)", 12),
         ("flash_adamw, 32-bit masters", 4.125),

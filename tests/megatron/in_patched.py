@@ -201,6 +201,31 @@ def test_without_the_package_its_optimizers_are_refused_by_name() -> None:
     assert other == "adam"
 
 
+def _build_without_plugin(flash: object) -> str:
+    import importlib
+
+    import tiny_gpt
+    from megatron.core import optimizer
+
+    import megatron_flashoptim.megatron as package
+
+    vars(package).pop("hooks")
+    sys.modules["megatron_flashoptim.megatron.hooks"] = None  # type: ignore[assignment]
+    vars(optimizer).pop("flashoptim")
+    importlib.reload(optimizer)
+    try:
+        tiny_gpt.build(tiny_gpt.Setup(layers=1, flash=None, optimizer={"flash": flash}))
+    except ImportError as problem:
+        return str(problem)
+    return ""
+
+
+def test_without_the_package_a_configuration_that_asks_for_it_is_refused_by_name() -> None:
+    (message,) = run_ranks(1, _build_without_plugin, "24-bit masters")
+    assert message.startswith("OptimizerConfig.flash needs the package megatron-flashoptim")
+    assert run_ranks(1, _build_without_plugin, None) == [""]
+
+
 def shifted_parameters() -> list[str]:
     """Return the weights that are not the bf16 of the masters ``fully_reshardable`` would save."""
     (names, _) = run_ranks(2, _shifted_parameters)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ GPUS = {
 }
 
 COMMAND = re.compile(r"megatron-flashoptim memory --gpus (\d+) @configs/(\S+)\):")
+ACTIVATIONS = re.compile(
+    r"^# Activations come on top: ([\d.]+) by Megatron's formula, not measured\. "
+    r"For GPUs of (\d+) GB\.$",
+    re.MULTILINE,
+)
+# What flash_adamw and activations may take of a GPU. The rest is for what the formula leaves out,
+# temporary tensors, CUDA and NCCL.
+SHARE = 0.8
+WITHOUT_DATA = re.compile(
+    r"^    grep (-vE '\S+ ') (configs/gpt2_124m.args) > my.args$", re.MULTILINE
+)
 FIGURE = re.compile(r"^#   (\S.*?) +([\d.]+)$", re.MULTILINE)
 
 
@@ -66,6 +79,11 @@ def test_megatron_takes_the_file_and_the_figures_are_the_planners(file: Path) ->
     assert cells[3] == f"{int(gpus):,}"
     assert cells[5] == f"{parameters / 1e9:.2f}"
     assert cells[6:9] == [f"{float(figure):.1f}" for figure in written.values()]
+    ((activations, memory),) = ACTIVATIONS.findall(text)
+    assert f"activations come on top: {activations} GiB" in table
+    assert cells[9:11] == [f"{float(activations):.1f}", f"{memory} GB"]
+    taken = float(written["flash_adamw, 24-bit masters"]) + float(activations)
+    assert taken * 2**30 < SHARE * int(memory) * 1e9
 
 
 def _parse(file: Path) -> tuple[str, int]:
@@ -91,6 +109,36 @@ def test_recipes_name_data_so_that_none_trains_on_mock_data() -> None:
         assert arguments[arguments.index("--data-path") + 1] == "DATA_PATH"
         assert "--dist-ckpt-optim-fully-reshardable" in arguments
         assert arguments[arguments.index("--optimizer") + 1] == "flash_adamw"
+
+
+def _blends(arguments: list[str]) -> Any:
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    from megatron_flashoptim.megatron.memory import planned_args, planner
+
+    with planner.prepared():
+        args = planned_args.parse(arguments, 8)
+    blend, per_split = get_blend_and_blend_per_split(args)
+    return blend, per_split, args.split
+
+
+def test_data_that_are_split_already_take_the_place_of_a_file_s_as_the_page_says(
+    tmp_path: Path,
+) -> None:
+    ((options, file),) = WITHOUT_DATA.findall((CONFIGS / "README.md").read_text())
+    kept = subprocess.run(
+        ["grep", *shlex.split(options), file],
+        cwd=CONFIGS.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (tmp_path / "my.args").write_text(kept.stdout)
+    split = ["--train-data-path", "a", "--valid-data-path", "b"]
+    found = _in_fork(_blends, expand([f"@{tmp_path}/my.args", *split]))
+    assert found == (None, [(["a"], None), (["b"], None), None], None)
+    with pytest.raises(ValueError, match="A single data source must be provided"):
+        _in_fork(_blends, expand([f"@{CONFIGS.parent / file}", *split]))
 
 
 def _launch(*arguments: str) -> None:

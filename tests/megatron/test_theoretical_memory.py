@@ -101,3 +101,26 @@ def test_figures_of_other_optimizers_are_megatrons() -> None:
     (found,) = run_ranks(1, _figures, {"dense": ("--optimizer adam", 4), "moe": (MOE, 8)})
     assert all(ours == theirs for ours, theirs in found.values())
     assert found["dense"][0] == DENSE * (6 + 12 / 4)
+
+
+def _activations(cases: list[str]) -> list[float]:
+    import megatron_flashoptim
+    from megatron_flashoptim.megatron.memory import planned_args
+    from megatron_flashoptim.megatron.memory.activations import activation_bytes
+
+    megatron_flashoptim.install()
+    flags = "--optimizer flash_adamw --make-vocab-size-divisible-by 1"
+    return [activation_bytes(planned_args.parse(f"{MODEL} {flags} {c}".split(), 4)) for c in cases]
+
+
+def test_activations_are_megatrons_estimate_of_the_ranks_part_of_the_sequence() -> None:
+    tensor = "--tensor-model-parallel-size 2"
+    cases = ["", "--context-parallel-size 2", tensor, f"{tensor} --sequence-parallel"]
+    (found,) = run_ranks(1, _activations, cases)
+    # Bytes per token and hidden element of a layer: 10, and 24 that tensor parallelism divides.
+    around = HIDDEN + 8
+    whole, context, tensor_only, sequence = found
+    assert whole == 1.05 * 64 * (LAYERS * HIDDEN * 34 + around + 2 * (VOCAB + HIDDEN))
+    assert context == whole / 2
+    assert tensor_only == 1.05 * 64 * (LAYERS * HIDDEN * 22 + around + 2 * (VOCAB / 2 + HIDDEN))
+    assert sequence == 64 * (LAYERS * HIDDEN * 34 + around + 4 * (VOCAB + HIDDEN)) / 2

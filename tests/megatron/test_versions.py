@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 import megatron_flashoptim
@@ -217,3 +219,81 @@ def test_a_missing_name_is_named_without_install_too() -> None:
     (messages,) = run_ranks(1, _direct_import_without, module, name)
     assert len(messages) == 3
     assert all(f"megatron-flashoptim needs {module}.{name}" in message for message in messages)
+
+
+BROKEN: dict[str, tuple[dict[str, str], str]] = {
+    "a library that cannot be loaded": (
+        {"transformer_engine/__init__.py": "import ctypes\nctypes.CDLL('libof_another_cuda.so')\n"},
+        "OSError: libof_another_cuda.so: cannot open shared object file",
+    ),
+    "an undefined symbol": (
+        {"transformer_engine/__init__.py": "raise ImportError('lib.so: undefined\\nsymbol: Z')"},
+        "ImportError: lib.so: undefined symbol: Z",
+    ),
+    "an extension module": (
+        {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.so": "no library"},
+        "ImportError: ",
+    ),
+    "a name it lacks": (
+        {"transformer_engine/__init__.py": ""},
+        "ImportError: cannot import name 'pytorch' from 'transformer_engine'",
+    ),
+}
+
+
+def _find_with(folder: Path, source: str) -> list[str]:
+    """Look for a name in a module of Megatron that imports a package of a folder."""
+    import sys
+
+    (folder / "module_of_megatron.py").write_text(source)
+    sys.path.insert(0, str(folder))
+    import megatron.core
+
+    megatron.core.__path__.append(str(folder))
+    messages = []
+    for look in (versions.find, versions.has):
+        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+            del sys.modules[name]
+        try:
+            messages.append(str(look("megatron.core.module_of_megatron", "Name")))
+        except ImportError as problem:
+            messages.append(f"{type(problem).__name__}: {problem}")
+    return messages
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_package_is_named_and_not_megatron(kind: str, tmp_path: Path) -> None:
+    files, said = BROKEN[kind]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    # As where Megatron is prepared for a package that is not there.
+    source = (
+        "try:\n    from transformer_engine import pytorch\nexcept ModuleNotFoundError:\n    pass\n"
+    )
+    (messages,) = run_ranks(1, _find_with, tmp_path, source)
+    for message in messages:
+        assert message.startswith("BrokenPackageError: megatron.core.module_of_megatron imports")
+        assert (
+            f"the package transformer_engine, which is installed and does not work ({said}"
+            in message
+        )
+        assert f"for torch {torch.__version__}, CUDA " in message
+        assert "\n" not in message and "does not have" not in message
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("from megatron.core import no_such_name", "which megatron-core "),
+        ("import no_such_package", "needs the package no_such_package, which is not installed"),
+        ("import torch\ntorch.no_such_name", "which megatron-core "),
+        ("", "which megatron-core "),
+    ],
+)
+def test_what_megatron_itself_lacks_is_still_megatrons(
+    source: str, said: str, tmp_path: Path
+) -> None:
+    ((message, has),) = run_ranks(1, _find_with, tmp_path, source)
+    assert message.startswith("ImportError: ") and said in message
+    assert has == "False"

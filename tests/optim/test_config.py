@@ -11,12 +11,13 @@ import pytest
 
 from megatron_flashoptim.codec import spec
 from megatron_flashoptim.optim import FlashOptimConfig
+from megatron_flashoptim.optim.rules import RULES
 
 
 @pytest.mark.parametrize(
     ("field", "flag", "choices"),
     [
-        ("optimizer", "--optimizer", "flash_adamw, flash_adam, flash_lion, flash_sgd"),
+        ("optimizer", "--optimizer", ", ".join(RULES)),
         ("master_bits", "--flash-master-bits", "16, 24, 32"),
         ("exp_avg_sq_code", "--flash-exp-avg-sq-code", "sqrt, fourth_root"),
         ("rounding", "--flash-rounding", "auto, nearest, stochastic"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitwise import fp32_ulp
-from rows import LION_OPTIONS, SGD_OPTIONS
+from rows import RULE_OPTIONS
 from shards import (
     GROUP,
     GuardedShard,
@@ -55,8 +57,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"betas": (0.8, 0.99), "eps": 1e-3},
         {"betas": (0.0, 0.5), "eps": 1e-15},
     ],
-    "flash_lion": LION_OPTIONS,
-    "flash_sgd": SGD_OPTIONS,
+    **RULE_OPTIONS,
 }
 
 
@@ -345,12 +346,18 @@ def test_lion_s_sign_of_0_is_0_and_a_nan_shows() -> None:
     assert torch.equal(shard.param[3:], before[3:])
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
+# Moments, and bytes of state per parameter with 24-bit masters, as the page has them.
 STATE = {
-    "flash_adamw": ({"exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"}, 3.125),
-    "flash_adam": ({"exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"}, 3.125),
-    "flash_lion": ({"exp_avg", "exp_avg_scale"}, 2.0625),
-    "flash_sgd": ({"exp_avg", "exp_avg_scale"}, 2.0625),
+    name: (int(moments), float(size))
+    for name, moments, size in re.findall(
+        r"^\| `(flash_\w+)` \| (\d) \| ([\d.]+) \|", PAGE.read_text(), re.MULTILINE
+    )
 }
+
+
+def test_the_page_has_a_row_for_every_rule() -> None:
+    assert set(STATE) == set(RULES)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -359,9 +366,10 @@ def test_a_shard_holds_what_the_rule_needs_and_nothing_else(name: str) -> None:
     segments = SegmentTable([Segment(0, 0, 1, 0)], numel // GROUP, "cpu")
     zeros = torch.zeros(numel, dtype=torch.bfloat16)
     shard = BucketShard(zeros, zeros.clone(), segments, rule=rule_of(name))
-    names, per_element = STATE[name]
+    moments, per_element = STATE[name]
+    names = ["exp_avg", "exp_avg_sq"][:moments]
     state = dict(shard.state())
-    assert set(state) == names | {"correction"}
+    assert set(state) == {"correction", *names, *(f"{moment}_scale" for moment in names)}
     assert sum(tensor.nbytes for tensor in state.values()) == per_element * numel
     assert flash_state_bytes(shard.rule, 24) == per_element
     if "exp_avg_sq" not in names:

@@ -21,6 +21,7 @@ from megatron_flashoptim.checkpoint.iterations import iteration_folder
 from megatron_flashoptim.checkpoint.saved_args import read_saved_args
 from megatron_flashoptim.megatron.arguments import FIELD
 from megatron_flashoptim.megatron.memory import planned_args
+from megatron_flashoptim.megatron.memory.activations import activation_bytes
 from megatron_flashoptim.megatron.memory.planned_args import ArgumentsError
 from megatron_flashoptim.megatron.memory.theoretical_memory import bucket_size
 from megatron_flashoptim.optim.config import FlashOptimConfig
@@ -59,6 +60,7 @@ class RunSize:
         data_parallel_size: ranks that share the state of dense parameters.
         optimizer: the flash optimizer that the arguments name, or that stands in for Adam.
         release_slots: buckets that have memory for gradients with gradient release; 0 without.
+        activations: bytes that Megatron estimates for them on a rank of the first stage, or 0.
     """
 
     stages: tuple[StageSize, ...]
@@ -67,6 +69,7 @@ class RunSize:
     data_parallel_size: int
     optimizer: str
     release_slots: int = 0
+    activations: float = 0.0
 
 
 def plan(arguments: Sequence[str], world_size: int) -> RunSize:
@@ -149,6 +152,7 @@ def _run_size(args: Any) -> RunSize:
         data_parallel_size=dense,
         optimizer=getattr(args, FIELD) or FlashOptimConfig().optimizer,
         release_slots=args.flash_release_slots if args.flash_gradient_release else 0,
+        activations=activation_bytes(args),
     )
 
 
