@@ -6,12 +6,15 @@ die() {
     exit 2
 }
 
-# check_number NAME [LEAST]: the variable must hold a whole number of at least LEAST (default: 1).
+# check_number NAME [LEAST [MOST]]: the variable must hold a whole number of at least LEAST (default:
+# 1), and no more than MOST. Zeros in front are taken off: to bash such a number is octal.
 check_number() {
-    local least="${2:-1}"
-    if ! [[ "${!1}" =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < least)); then
-        die "$1='${!1}': must be a whole number of at least $least"
+    local least="${2:-1}" most="${3:-999999999}" range
+    range="of at least $least${3:+ and at most $3}"
+    if ! [[ "${!1}" =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < least || 10#${!1} > most)); then
+        die "$1='${!1}': must be a whole number $range"
     fi
+    printf -v "$1" %d "$((10#${!1}))"
 }
 
 # check_choice NAME CHOICE...: the variable must hold one of the choices.
@@ -37,6 +40,29 @@ split_words() {
         die "$2: a quote is opened and not closed"
     WORDS=()
     if [ -n "$lines" ]; then mapfile -t WORDS <<<"$lines"; fi
+}
+
+# place_files NAME: make the @FILEs among the words of a variable absolute, and leave those that are
+# here in the array FILES. One that is not may be in a container, or is the launcher's to name.
+place_files() {
+    local name="$1" word words=""
+    FILES=()
+    split_words "${!name}" "$name"
+    for word in "${WORDS[@]}"; do
+        if [[ "$word" == @* && -f "${word#@}" ]]; then
+            word="@$(realpath -- "${word#@}")"
+            FILES+=("${word#@}")
+        fi
+        words+="${words:+ }$(quote_word "$word")"
+    done
+    # Nothing else of it is touched: with no file it stays as it was given.
+    if [ ${#FILES[@]} -gt 0 ]; then printf -v "$name" '%s' "$words"; fi
+}
+
+# quote_word WORD: print it as split_words takes it.
+quote_word() {
+    local quote="'"
+    printf "'%s'" "${1//$quote/$quote\\$quote$quote}"
 }
 
 # read_words FILE: leave in the array WORDS the words of a file of arguments, the same as the launcher
@@ -72,9 +98,15 @@ read_words() {
 }
 
 # slurm_seconds TIME: print the seconds of a time in one of Slurm's notations: minutes,
-# minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
+# minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]. An empty line
+# stands for no limit, which Slurm takes as a word, as 0 and as -1.
 slurm_seconds() {
     local days=0 fields
+    case "${1^^}" in UNLIMITED | INFINITE | 0 | -1)
+        echo
+        return
+        ;;
+    esac
     [[ "$1" =~ ^([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{1,6}){0,2}$ ]] || return 1
     IFS=: read -ra fields <<<"${1#*-}"
     if [[ "$1" == *-* ]]; then
@@ -108,18 +140,22 @@ prepare_environment() {
         source "$SETUP"
         set -u
     fi
-    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# container_options FOLDER...: leave in the array CONTAINER_OPTIONS what srun takes for pyxis; the
-# folders are mounted where they are.
+# container_options VARIABLES PATH...: leave in the array CONTAINER_OPTIONS what srun takes for pyxis.
+# The paths are mounted where they are. The variables, separated by commas, keep the job's values
+# where the image sets them too; of all others those of the image stand.
 container_options() {
-    local folder mounts="$REPO:$REPO"
+    local variables="$1${1:+${CONTAINER_ENV:+,}}$CONTAINER_ENV" path mounts="$REPO:$REPO"
+    shift
     CONTAINER_OPTIONS=()
     if [ -z "$CONTAINER" ]; then return; fi
-    for folder in "$@"; do mounts+=",$folder:$folder"; done
+    for path in "$@"; do
+        if [[ ",$mounts," != *",$path:$path,"* ]]; then mounts+=",$path:$path"; fi
+    done
     if [ -n "$CONTAINER_MOUNTS" ]; then mounts+=",$CONTAINER_MOUNTS"; fi
     CONTAINER_OPTIONS=("--container-image=$CONTAINER" "--container-mounts=$mounts")
+    if [ -n "$variables" ]; then CONTAINER_OPTIONS+=("--container-env=$variables"); fi
 }
 
 # show COMMAND...: print a command line as a shell would take it.

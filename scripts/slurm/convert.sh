@@ -29,6 +29,7 @@ LOGS="${LOGS:-}"                             # empty: DST/logs, of weights DST.l
 PYTHON="${PYTHON:-}"                         # empty: .venv of this repository, or the container's
 CONTAINER="${CONTAINER:-}"                   # image for pyxis (srun --container-image); empty: none
 CONTAINER_MOUNTS="${CONTAINER_MOUNTS:-}"     # FROM:TO,... beside repository, SRC and DST
+CONTAINER_ENV="${CONTAINER_ENV:-}"           # NAME,...: variables not to be set by the image
 SETUP="${SETUP:-}"                           # bash file sourced in the job: modules
 
 # Time limit.
@@ -79,10 +80,10 @@ check() {
     MORE_ARGS=("${WORDS[@]}")
     local processes=(--processes "$PROCESSES")
     if [ "$TO" = weights ]; then processes=(); fi
-    container_options "$SRC" "$DST"
+    container_options "" "$SRC" "$DST"
     COMMAND=(
         srun --nodes 1 --ntasks 1 --cpus-per-task "$PROCESSES" --cpu-bind none "${CONTAINER_OPTIONS[@]}"
-        "$PYTHON" -m megatron_flashoptim.cli convert --to "$TO" "${processes[@]}"
+        bash "$REPO/scripts/slurm/checkout.sh" "$PYTHON" -m megatron_flashoptim.cli convert --to "$TO" "${processes[@]}"
         "${MORE_ARGS[@]}" "$SRC" "$DST"
     )
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Started by srun once on each node: runs a command, torchrun, and passes Slurm's warning on.
+# Started by srun once on each node: runs a command, torchrun, with the code of this checkout, and
+# passes Slurm's warning on.
 #
 # Slurm signals this process alone (SIGUSR1 before the time limit, SIGTERM before a preemption).
 # torchrun would pass a SIGTERM on, and kill its workers 30 s later, in the middle of a save. So
@@ -43,7 +44,13 @@ warn_workers() {
     if [ ${#processes[@]} -gt 0 ]; then kill -TERM "${processes[@]}"; fi
 }
 
-(trap '' TERM USR1 && exec "$@") &
+# Where each rank's output is to be kept: torchrun writes it there, beside the log of the job. It
+# numbers the ranks of a node; the node is in the folder's name.
+if [ -n "${RANK_LOGS_FOLDER:-}" ]; then
+    export PET_TEE=3 PET_LOG_DIR="$RANK_LOGS_FOLDER/node${SLURM_NODEID:-0}-${SLURMD_NODENAME:-$HOSTNAME}"
+fi
+
+(trap '' TERM USR1 && exec bash "$(dirname "${BASH_SOURCE[0]}")/checkout.sh" "$@") &
 launcher=$!
 trap warn_workers TERM USR1
 while true; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains with flash_adamw as a Slurm job on one or many nodes, and resumes until it is finished.
+# Pretrains as a Slurm job on one or many nodes, and resumes until it is finished.
 #
 #   SAVE=/shared/run ARGS_FILE=my.args NODES=4 scripts/slurm/pretrain.sh           submit
 #   SAVE=/shared/run ARGS_FILE=my.args NODES=4 scripts/slurm/pretrain.sh --test    show, run nothing
@@ -13,10 +13,10 @@ set -a # the job gets the variables
 SAVE="${SAVE:-}"                             # required: folder of checkpoints, on a shared disk
 ARGS_FILE="${ARGS_FILE:-}"                   # required: Megatron's arguments; all nodes read it
 EXTRA_ARGS="${EXTRA_ARGS:-}"                 # more of them, with blanks in quotes; these win
-OPTIMIZER="${OPTIMIZER:-flash_adamw}"        # Megatron's --optimizer
+OPTIMIZER="${OPTIMIZER:-}"                   # --optimizer; empty: that of ARGS_FILE or EXTRA_ARGS
 LOAD="${LOAD:-}"                             # start from this folder while SAVE has no checkpoint
 FIRST_ARGS="${FIRST_ARGS:-}"                 # like EXTRA_ARGS, only while SAVE has no checkpoint
-SAVE_INTERVAL="${SAVE_INTERVAL:-1000}"       # iterations from one checkpoint to the next
+SAVE_INTERVAL="${SAVE_INTERVAL:-}"           # --save-interval, in iterations; empty: likewise
 SCRIPT="${SCRIPT:-}"                         # training script; empty: scripts/pretrain_gpt.py
 
 # What it runs on.
@@ -27,14 +27,17 @@ TIME="${TIME:-4:00:00}"                      # limit of one start, in Slurm's no
 JOB_NAME="${JOB_NAME:-flash-pretrain}"       # name of the job
 # How sbatch is asked for GPUs; empty where a node comes with them and for DEVICE=cpu.
 GPU_REQUEST="${GPU_REQUEST---gpus-per-node=$RANKS_PER_NODE}"
-# More options of sbatch: partition, account, ... By default whole nodes with all their memory.
-SBATCH_OPTIONS="${SBATCH_OPTIONS---exclusive --mem=0}"
+# How it is asked for whole nodes with all their memory; empty: as the partition or SBATCH_OPTIONS say.
+WHOLE_NODES="${WHOLE_NODES---exclusive --mem=0}"
+SBATCH_OPTIONS="${SBATCH_OPTIONS:-}"         # more options of sbatch: partition, account, ...
 LOGS="${LOGS:-}"                             # folder of the output; empty: SAVE/logs
+RANK_LOGS="${RANK_LOGS:-no}"                 # yes: each rank's output also in LOGS/ranks-JOB-START
 
 # Software.
 PYTHON="${PYTHON:-}"                         # empty: .venv of this repository, or the container's
 CONTAINER="${CONTAINER:-}"                   # image for pyxis (srun --container-image); empty: none
 CONTAINER_MOUNTS="${CONTAINER_MOUNTS:-}"     # FROM:TO,... beside repository, SAVE, LOAD, ARGS_FILE
+CONTAINER_ENV="${CONTAINER_ENV:-}"           # NAME,...: variables not to be set by the image
 SETUP="${SETUP:-}"                           # bash file sourced in the job: modules, NCCL_*
 
 # Rendezvous of torchrun on the first node.
@@ -76,14 +79,19 @@ those in configs/"
     default_python
     for name in SAVE ARGS_FILE SCRIPT LOGS; do make_absolute "$name"; done
     for name in LOAD SETUP; do if [ -n "${!name}" ]; then make_absolute "$name"; fi; done
-    for name in NODES RANKS_PER_NODE SAVE_INTERVAL RDZV_SECONDS WARNING_SECONDS; do
-        check_number "$name"
-    done
-    if [ -n "$RDZV_PORT" ]; then check_number RDZV_PORT 1024; fi
+    local given="$RANKS_PER_NODE"
+    for name in NODES RANKS_PER_NODE RDZV_SECONDS WARNING_SECONDS; do check_number "$name"; done
+    # As above, where it is the default.
+    if [ "$GPU_REQUEST" = "--gpus-per-node=$given" ]; then
+        GPU_REQUEST="--gpus-per-node=$RANKS_PER_NODE"
+    fi
+    if [ -n "$SAVE_INTERVAL" ]; then check_number SAVE_INTERVAL; fi
+    if [ -n "$RDZV_PORT" ]; then check_number RDZV_PORT 1024 65535; fi
     check_number RETRIES 0
     check_choice DEVICE cuda cpu
     check_choice RDZV_BACKEND c10d static
     check_choice REQUEUE yes no
+    check_choice RANK_LOGS yes no
     if [ "$DEVICE" = cpu ]; then GPU_REQUEST=; fi
     [ -f "$ARGS_FILE" ] || die "ARGS_FILE='$ARGS_FILE': no such file"
     [ -z "$LOAD" ] || [ -d "$LOAD" ] || die "LOAD='$LOAD': no such folder"
@@ -92,30 +100,56 @@ those in configs/"
     [ -n "$CONTAINER" ] || [ -f "$SCRIPT" ] || die "SCRIPT='$SCRIPT': no such file"
     LIMIT_SECONDS="$(slurm_seconds "$TIME")" ||
         die "TIME='$TIME': give minutes, hours:minutes:seconds or days-hours"
-    ((LIMIT_SECONDS > WARNING_SECONDS)) || die "TIME='$TIME' is not longer than \
-WARNING_SECONDS='$WARNING_SECONDS': the job would be warned as it starts"
+    [ -z "$LIMIT_SECONDS" ] || ((LIMIT_SECONDS > WARNING_SECONDS)) || die "TIME='$TIME' is not \
+longer than WARNING_SECONDS='$WARNING_SECONDS': the job would be warned as it starts"
+    place_files FIRST_ARGS
+    MORE_FILES=("${FILES[@]}")
     split_words "$FIRST_ARGS" FIRST_ARGS
     ONCE_ARGS=("${WORDS[@]}")
+    place_files EXTRA_ARGS
+    MORE_FILES+=("${FILES[@]}")
     split_words "$EXTRA_ARGS" EXTRA_ARGS
     MORE_ARGS=("${WORDS[@]}")
     check_arguments
-    split_words "$GPU_REQUEST $SBATCH_OPTIONS" SBATCH_OPTIONS
-    MORE_OPTIONS=("${WORDS[@]}")
+    MORE_OPTIONS=()
+    for name in GPU_REQUEST WHOLE_NODES SBATCH_OPTIONS; do
+        split_words "${!name}" "$name"
+        MORE_OPTIONS+=("${WORDS[@]}")
+    done
 }
 
-# check_arguments: what each start gets must let it resume from SAVE.
+# check_arguments: what each start gets must let it resume from SAVE, and say all that it has to.
 check_arguments() {
-    local word
+    local word all_read=yes
     read_words "$ARGS_FILE"
+    GIVEN=("${WORDS[@]}" "${MORE_ARGS[@]}")
     refuse_first_flags "ARGS_FILE='$ARGS_FILE'" "${WORDS[@]}"
     for word in "${MORE_ARGS[@]}"; do
         refuse_first_flags EXTRA_ARGS "$word"
+        if [[ "$word" != @* ]]; then continue; fi
         # One that cannot be read here is the launcher's to read, or to name.
-        if [[ "$word" == @* && -f "${word#@}" && -r "${word#@}" ]]; then
+        if [[ -f "${word#@}" && -r "${word#@}" ]]; then
             read_words "${word#@}"
+            GIVEN+=("${WORDS[@]}")
             refuse_first_flags "EXTRA_ARGS: $word" "${WORDS[@]}"
+        else
+            all_read=
         fi
     done
+    if [ -z "$all_read" ]; then return; fi
+    [ -n "$OPTIMIZER" ] || is_given --optimizer || die "no --optimizer in ARGS_FILE or EXTRA_ARGS, \
+and Megatron would take adam: give it there, or set OPTIMIZER=flash_adamw"
+    [ -n "$SAVE_INTERVAL" ] || is_given --save-interval || die "no --save-interval in ARGS_FILE or \
+EXTRA_ARGS, and Megatron has none: give it there, or set SAVE_INTERVAL"
+}
+
+# is_given FLAG: whether it is among the arguments of each start, GIVEN.
+is_given() {
+    local word
+    for word in "${GIVEN[@]}"; do
+        if [ "${word%%=*}" = "$1" ]; then return; fi
+    done
+    return 1
 }
 
 # refuse_first_flags SOURCE WORD...: the flags that begin a training from another one's checkpoint.
@@ -146,7 +180,7 @@ newest_checkpoint() {
 # make_command FIRST_NODE:PORT ID SECONDS_LEFT: leave in COMMAND what runs on each node, and in
 # STEP the srun that starts it there. No limit: SECONDS_LEFT is empty.
 make_command() {
-    local load="$SAVE" flags=() once=()
+    local load="$SAVE" flags=() once=() label=() mounted=("$SAVE" "$ARGS_FILE" "${MORE_FILES[@]}")
     if [ -n "$(newest_checkpoint)" ]; then
         # Rather an error than training from scratch into a folder that has checkpoints.
         flags+=(--exit-on-missing-checkpoint)
@@ -168,14 +202,18 @@ make_command() {
         --rdzv-backend "$RDZV_BACKEND" --rdzv-endpoint "$1" --rdzv-id "$2"
         --rdzv-conf "join_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
         -m megatron_flashoptim.run --device "$DEVICE" --finished "$FINISHED"
-        "$SCRIPT" "@$ARGS_FILE" --optimizer "$OPTIMIZER"
-        --save "$SAVE" --save-interval "$SAVE_INTERVAL" --load "$load"
+        "$SCRIPT" "@$ARGS_FILE" ${OPTIMIZER:+--optimizer "$OPTIMIZER"}
+        --save "$SAVE" ${SAVE_INTERVAL:+--save-interval "$SAVE_INTERVAL"} --load "$load"
         --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}" "${once[@]}"
     )
-    container_options "$SAVE" "$ARGS_FILE" ${LOAD:+"$LOAD"}
+    if [ -n "$LOAD" ]; then mounted+=("$LOAD"); fi
+    if [ "$RANK_LOGS" = yes ]; then mounted+=("$LOGS"); fi
+    container_options CUDA_DEVICE_MAX_CONNECTIONS,OMP_NUM_THREADS "${mounted[@]}"
+    # Each line with the number of its node in front.
+    if [ "$NODES" -gt 1 ]; then label=(--label); fi
     STEP=(
         srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind none
-        --kill-on-bad-exit=1 "${CONTAINER_OPTIONS[@]}"
+        --kill-on-bad-exit=1 "${label[@]}" "${CONTAINER_OPTIONS[@]}"
         bash "$REPO/scripts/slurm/node.sh"
     )
 }
@@ -193,6 +231,9 @@ run_job() {
     : "${RDZV_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
     make_command "$RDZV_HOST:$RDZV_PORT" "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$left"
     prepare_environment
+    if [ "$RANK_LOGS" = yes ]; then
+        export RANK_LOGS_FOLDER="$LOGS/ranks-$SLURM_JOB_ID-$((${SLURM_RESTART_COUNT:-0} + 1))"
+    fi
     say "on $SLURM_JOB_NODELIST, from ${before:+iteration }${before:-the beginning}"
     show "${STEP[@]}" "${COMMAND[@]}"
     run_to_its_end "${STEP[@]}" "${COMMAND[@]}" || code=$?
@@ -289,6 +330,9 @@ submit_job() {
         echo "# which runs on the node, with PET_NODE_RANK=0:"
     else
         echo "# which runs on each of $NODES nodes, with PET_NODE_RANK=0 to $((NODES - 1)):"
+    fi
+    if [ "$RANK_LOGS" = yes ]; then
+        echo "# (each rank's output is kept in $LOGS/ranks-JOB_ID-START/ too)"
     fi
     show "${COMMAND[@]}"
 }

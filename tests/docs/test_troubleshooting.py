@@ -50,6 +50,9 @@ INTERNAL = {
     "… cannot be used with …": "Megatron-Bridge's beginning of the rules' own refusals",
 }
 
+# What the job scripts log of a start that goes as it should.
+PROGRESS = {"on …", "on …, from ……", "finished", "finished…", "requeued"}
+
 WITHOUT_LAUNCHER = "--optimizer flash_adamw"
 WRONG_LINES = (
     WITHOUT_LAUNCHER,
@@ -105,6 +108,17 @@ def test_every_message_for_users_is_quoted() -> None:
     assert not missing, _told(missing, "or, if no user can meet it, to INTERNAL in this test")
 
 
+def test_every_line_of_a_job_that_did_not_go_on_is_quoted() -> None:
+    page = quoted(_pages()[0])
+    logged = set()
+    for script in (REPOSITORY / "scripts" / "slurm").glob("*.sh"):
+        text = script.read_text().replace("\\\n", "")
+        for said in re.findall(r'\bsay "([^"]*)"', text):
+            logged.add(re.sub(r"\$\(\(.*?\)\)|\$\{[^}]*\}|\$\w+", VALUE, said))
+    missing = {text for text in logged if not any(covers(quote, text) for quote in page)}
+    assert missing == PROGRESS
+
+
 def test_every_refused_option_is_in_a_table() -> None:
     cells = set(re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(), re.MULTILINE))
     rules = list(refused_options())
@@ -156,7 +170,7 @@ def _in_shell(message: str) -> bool:
     """Return whether a line of a shell script has the text, with its variables."""
     lines = [
         line
-        for script in (REPOSITORY / "scripts").glob("*.sh")
+        for script in (REPOSITORY / "scripts").rglob("*.sh")
         for line in script.read_text().replace("\\\n", "").splitlines()
     ]
     return any(pattern(message).search(line) for line in lines)

@@ -46,7 +46,7 @@ class Starts:
             command.write_text(f"#!/usr/bin/env bash\n{lines}\n")
             command.chmod(0o755)
         arguments = folder / "model.args"
-        arguments.write_text("--num-layers 2  # not --finetune\n")
+        arguments.write_text("--optimizer adam --save-interval 1  # not --finetune\n")
         settings = {
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
             "PYTHON": bin_folder / "training",
@@ -146,7 +146,7 @@ def _folder(path: Path) -> Path:
 def _test(tmp_path: Path, arguments: str = "", **variables: object) -> tuple[str, str]:
     """Return the command of each node that --test shows, and the error."""
     file = tmp_path / "model.args"
-    file.write_text(f"--num-layers 2\n{arguments}\n")
+    file.write_text(f"--optimizer adam --save-interval 1\n{arguments}\n")
     settings = {"SAVE": tmp_path / "run", "ARGS_FILE": file, "PYTHON": sys.executable, **variables}
     done = subprocess.run(
         [str(SCRIPTS / "pretrain.sh"), "--test"],

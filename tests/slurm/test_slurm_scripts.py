@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,16 +21,18 @@ from slurm_jobs import ROOT, SCRIPTS
 @pytest.fixture
 def args_file(tmp_path: Path) -> Path:
     file = tmp_path / "model.args"
-    file.write_text("--num-layers 2\n")
+    file.write_text("--num-layers 2\n--optimizer flash_lion\n--save-interval 500\n")
     return file
 
 
-def _run(script: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
+def _run(
+    script: str, *options: str, cwd: Path | None = None, **variables: object
+) -> subprocess.CompletedProcess[str]:
     """Run a script with no other variables than these."""
     settings = {name: str(value) for name, value in variables.items()}
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, **settings}
     command = [str(SCRIPTS / script), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def _shown(script: str, **variables: object) -> list[str]:
@@ -52,14 +55,14 @@ def test_pretraining_shows_what_it_would_run(args_file: Path, tmp_path: Path) ->
     )
     assert step == (
         "srun --nodes 3 --ntasks 3 --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=1 "
-        f"bash {SCRIPTS}/node.sh ..."
+        f"--label bash {SCRIPTS}/node.sh ..."
     )
     expected = (
         f"{sys.executable} -m torch.distributed.run --nnodes 3 --nproc-per-node 8 "
         "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT --rdzv-id JOB_ID-RESTART_COUNT "
         "--rdzv-conf join_timeout=900\\,timeout=900 -m megatron_flashoptim.run --device cuda "
         f"--finished {save}/.finished-JOB_ID {ROOT}/scripts/pretrain_gpt.py "
-        f"@{args_file} --optimizer flash_adamw --save {save} --save-interval 1000 --load {save} "
+        f"@{args_file} --save {save} --load {save} "
         "--exit-signal-handler --exit-duration-in-mins 237 --train-iters 8 "
         "--wandb-exp-name a\\ b#3 --tag \\#1 --layers \\[0\\]\\*1"
     )
@@ -78,11 +81,32 @@ def test_pretraining_shows_what_it_would_run(args_file: Path, tmp_path: Path) ->
 
 def test_containers_mount_what_the_job_reads_and_writes(args_file: Path, tmp_path: Path) -> None:
     image = {"CONTAINER": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data", "PYTHON": ""}
+    image["CONTAINER_ENV"] = "NCCL_DEBUG"
     save = tmp_path / "run"
-    _, step, command = _shown("pretrain.sh", SAVE=save, ARGS_FILE=args_file, **image)
-    mounted = (ROOT, save, args_file, "/data")
-    mounts = "--container-mounts=" + "\\,".join(f"{path}:{path}" for path in mounted)
-    assert f" --container-image=image.sqsh {mounts} bash " in step
+    more, first = (tmp_path / name for name in ("more' 1.args", "first.args"))
+    more.write_text("--bf16")
+    first.write_text("--finetune")
+    # Taken from the folder that the job is submitted in; one in the image may have any name.
+    arguments = {
+        "EXTRA_ARGS": "--a '' \"@more' 1.args\" @in/the/image",
+        "FIRST_ARGS": "@first.args",
+    }
+    variables = {"SAVE": save, "ARGS_FILE": args_file, "RANK_LOGS": "yes", "LOGS": "/logs", **image}
+    done = _run("pretrain.sh", "--test", cwd=tmp_path, **arguments, **variables)
+    step, _, _, command = done.stdout.splitlines()[-4:]
+    mounted = (ROOT, save, args_file, first, more, "/logs", "/data")
+    mounts = "\\,".join(f"{path}:{path}".replace("' ", "\\'\\ ") for path in mounted)
+    assert f" --container-image=image.sqsh --container-mounts={mounts} --container-env=" in step
+    assert (
+        "--container-env=CUDA_DEVICE_MAX_CONNECTIONS\\,OMP_NUM_THREADS\\,NCCL_DEBUG bash " in step
+    )
+    shown = f"--a '' @{tmp_path}/more\\'\\ 1.args @in/the/image @{first}"
+    assert command.endswith(shown)
+    # The job's starts read what was submitted, in whatever folder.
+    passed = dict(re.findall(r"(?m)^(\w+_ARGS)=(.*)$", done.stdout))
+    again = {name: shlex.split(value)[0] for name, value in passed.items()}
+    _, _, command = _shown("pretrain.sh", **again, **variables)
+    assert command.endswith(shown)
     assert command.startswith("python -m torch.distributed.run "), "the container's own"
     source, result = tmp_path, tmp_path / "result"
     submitted, command = _shown("convert.sh", SRC=source, DST=result, TO="flash", **image)
@@ -92,7 +116,8 @@ def test_containers_mount_what_the_job_reads_and_writes(args_file: Path, tmp_pat
     )
     assert command == (
         "srun --nodes 1 --ntasks 1 --cpus-per-task 8 --cpu-bind none "
-        f"--container-image=image.sqsh {mounts} python -m megatron_flashoptim.cli "
+        f"--container-image=image.sqsh {mounts} --container-env=NCCL_DEBUG "
+        f"bash {SCRIPTS}/checkout.sh python -m megatron_flashoptim.cli "
         f"convert --to flash --processes 8 {source} {result}"
     )
 
@@ -108,7 +133,7 @@ _SLURM = {
         SLURM_JOB_ID=7 SLURM_JOB_NODELIST=here "$@" >"${log//%j/7}" 2>&1
         echo "7;cluster"
     """,
-    "srun": 'while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"',
+    "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
     "squeue": "echo RUNNING",
     "scontrol": 'echo "scontrol $*"',
 }
@@ -210,13 +235,92 @@ def test_every_variable_has_a_comment_and_is_shown(args_file: Path, tmp_path: Pa
         assert re.findall(r"(?m)^([A-Z_]+)=", printed) == declared
 
 
+def test_the_optimizer_is_that_of_the_arguments_unless_it_is_set(
+    args_file: Path, tmp_path: Path
+) -> None:
+    variables = {"SAVE": tmp_path / "run", "ARGS_FILE": args_file}
+    (*_, command) = _shown("pretrain.sh", **variables)
+    assert "--optimizer" not in command and "--save-interval" not in command
+    (*_, command) = _shown("pretrain.sh", **variables, OPTIMIZER="flash_adam", SAVE_INTERVAL="020")
+    words = command.split()
+    file, optimizer, interval, load = map(
+        words.index, (f"@{args_file}", "--optimizer", "--save-interval", "--load")
+    )
+    assert file < optimizer < interval < load
+    assert words[optimizer + 1] == "flash_adam" and words[interval + 1] == "20"
+
+    args_file.write_text("--num-layers 2 # --optimizer flash_adamw\n")
+    more = tmp_path / "more.args"
+    more.write_text("--save-interval 7 --optimizer=adam")
+    for given in (
+        {"EXTRA_ARGS": "--save-interval=7 --optimizer adam"},
+        {"EXTRA_ARGS": f"@{more}"},
+        {"EXTRA_ARGS": "@in/the/image"},  # the launcher reads it, or says that it cannot
+        {"EXTRA_ARGS": "--save-interval 7", "OPTIMIZER": "adam"},
+    ):
+        assert _run("pretrain.sh", "--test", **variables, **given).returncode == 0, given
+    for given, missing in (
+        ({}, "--optimizer"),
+        ({"FIRST_ARGS": "--save-interval 7 --optimizer adam"}, "--optimizer"),
+        ({"OPTIMIZER": "adam"}, "--save-interval"),
+    ):
+        done = _run("pretrain.sh", "--test", **variables, **given)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"error: no {missing} in ARGS_FILE or EXTRA_ARGS, and Megatron " in done.stderr
+
+
+def test_whole_nodes_are_asked_for_beside_other_options(args_file: Path, tmp_path: Path) -> None:
+    variables = {"SAVE": tmp_path / "run", "ARGS_FILE": args_file}
+    options = "--partition gpu --comment 'a b'"
+    submitted, _, _ = _shown("pretrain.sh", **variables, SBATCH_OPTIONS=options)
+    assert " --gpus-per-node=8 --exclusive --mem=0 --partition gpu --comment a\\ b /" in submitted
+    submitted, _, _ = _shown("pretrain.sh", **variables, SBATCH_OPTIONS="--mem=9G", WHOLE_NODES="")
+    assert " --gpus-per-node=8 --mem=9G /" in submitted
+
+
+def test_numbers_may_have_zeros_in_front(args_file: Path, tmp_path: Path) -> None:
+    variables = {"SAVE": tmp_path / "run", "ARGS_FILE": args_file}
+    numbers = {
+        "NODES": "08",
+        "RANKS_PER_NODE": "09",
+        "WARNING_SECONDS": "0300",
+        "RDZV_PORT": "029500",
+    }
+    shown = _shown("pretrain.sh", **variables, **numbers, RDZV_SECONDS="090")
+    submitted, step, command = shown
+    assert " --nodes 8 " in submitted and " --signal USR1@300 --gpus-per-node=9 " in submitted
+    assert " --nodes 8 --ntasks 8 " in step
+    assert " --nnodes 8 --nproc-per-node 9 " in command and ":29500 " in command
+    assert "join_timeout=90\\," in command and " --exit-duration-in-mins 237" in command
+    convert = {"SRC": tmp_path, "DST": tmp_path / "result", "TO": "flash", "PROCESSES": "08"}
+    submitted, command = _shown("convert.sh", **convert)
+    assert " --cpus-per-task 8 --mem 16G " in submitted and " --processes 8 " in command
+
+
+@pytest.mark.parametrize("limit", ["UNLIMITED", "infinite", "0", "-1"])
+def test_a_job_may_have_no_time_limit(limit: str, args_file: Path, tmp_path: Path) -> None:
+    variables = {"SAVE": tmp_path / "run", "ARGS_FILE": args_file, "TIME": limit}
+    submitted, _, command = _shown("pretrain.sh", **variables)
+    assert f" --time {limit} " in submitted and "--exit-duration-in-mins" not in command
+    convert = {"SRC": tmp_path, "DST": tmp_path / "result", "TO": "flash", "TIME": limit}
+    assert f" --time {limit} " in _shown("convert.sh", **convert)[0]
+
+
 WRONG = [
     ({"SAVE": ""}, "SAVE is empty: name the folder"),
     ({"ARGS_FILE": ""}, "ARGS_FILE is empty: name a file"),
     ({"ARGS_FILE": "/no/such"}, "ARGS_FILE='/no/such': no such file"),
     ({"NODES": "two"}, "NODES='two': must be a whole number of at least 1"),
     ({"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE='0': must be a whole number of at least 1"),
-    ({"RDZV_PORT": "80"}, "RDZV_PORT='80': must be a whole number of at least 1024"),
+    (
+        {"RDZV_PORT": "80"},
+        "RDZV_PORT='80': must be a whole number of at least 1024 and at most 65535",
+    ),
+    ({"RDZV_PORT": "99999"}, "RDZV_PORT='99999': must be a whole number of at least 1024 and at"),
+    ({"WARNING_SECONDS": "08x"}, "WARNING_SECONDS='08x': must be a whole number of at least 1"),
+    ({"RANK_LOGS": "all"}, "RANK_LOGS='all': must be one of: yes no"),
+    ({"SAVE_INTERVAL": "0"}, "SAVE_INTERVAL='0': must be a whole number of at least 1"),
+    ({"WHOLE_NODES": "--x 'y"}, "WHOLE_NODES: a quote is opened and not closed"),
     ({"RDZV_BACKEND": "etcd"}, "RDZV_BACKEND='etcd': must be one of: c10d static"),
     ({"TIME": "1 day"}, "TIME='1 day': give minutes"),
     ({"TIME": "5"}, "TIME='5' is not longer than WARNING_SECONDS='300'"),
@@ -285,6 +389,46 @@ def test_a_warning_reaches_the_workers_and_leaves_torchrun_alone(tmp_path: Path)
     assert node.returncode == 0, rest
     assert "warned by Slurm; SIGTERM to workers" in rest
     assert rest.count("worker saved") == 2
+
+
+def test_each_rank_has_a_log_of_its_own_where_that_is_asked_for(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import sys; print('said'); print('warned', file=sys.stderr)")
+    command = ["bash", str(SCRIPTS / "node.sh"), sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", "--nproc-per-node", "2", str(worker)]
+    own = {
+        "SLURM_NODEID": "3",
+        "SLURMD_NODENAME": "gpu7",
+        "RANK_LOGS_FOLDER": str(tmp_path / "ranks"),
+    }
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        for name, text in (("stdout", "said\n"), ("stderr", "warned\n")):
+            (log,) = (tmp_path / "ranks" / "node3-gpu7").glob(f"*/attempt_0/{rank}/{name}.log")
+            assert log.read_text().endswith(text)
+            assert f"[default{rank}]:{text}" in (done.stdout if name == "stdout" else done.stderr)
+
+
+def test_the_code_of_this_checkout_comes_first(tmp_path: Path) -> None:
+    """Also in a container, where what an image sets stands instead of what the job has."""
+    show = [
+        sys.executable,
+        "-c",
+        "import megatron_flashoptim as m, sys; print(m.__file__, sys.path[2])",
+    ]
+    for path, second in ((str(tmp_path), str(tmp_path)), ("", None)):
+        for script in ("checkout.sh", "node.sh"):
+            done = subprocess.run(
+                ["bash", str(SCRIPTS / script), *show],
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": path},
+                cwd="/",
+                capture_output=True,
+                text=True,
+            )
+            file, then = done.stdout.split()
+            assert file == str(ROOT / "megatron_flashoptim" / "__init__.py"), done.stderr
+            assert second is None or then == second
 
 
 def test_a_job_script_ignores_signals_once_its_command_has_ended() -> None:
