@@ -75,8 +75,8 @@ class QuantizedWeights(_Base):
     def view_high_parts(self, shards: list[BucketShard]) -> None:
         """Let the main parameters be views of the shards, wherever their tensors are by now."""
         for item in self.quantized():
-            # Megatron's own attribute, of which torch's types know nothing.
-            item.param.main_param.data = _high_part(item, shards)  # type: ignore[attr-defined]
+            main: Any = item.param.main_param  # type: ignore[attr-defined]  # Megatron's own
+            main.data = _high_part(item, shards)
 
     @torch.no_grad()
     def read_high_parts(self, shards: list[BucketShard]) -> None:

@@ -14,6 +14,8 @@ from megatron_flashoptim.optim.hyper import HyperRow, HyperTable
 from megatron_flashoptim.optim.shard import BucketShard
 from megatron_flashoptim.optim.step import step_
 
+_Closure = Callable[[], float] | None
+
 
 class FlashOptimizer(torch.optim.Optimizer):
     """An update rule over bucket shards: param groups have hyper-parameters, shards the state.
@@ -129,8 +131,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         ]
 
     @torch.no_grad()
-    # The base class's overloads return a closure's loss; there is no closure here.
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: _Closure = None) -> None:  # type: ignore[override]  # returns no loss
         """Step every shard once, one launch per bucket.
 
         Raises:

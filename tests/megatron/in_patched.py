@@ -189,6 +189,7 @@ def test_code_without_arguments_asks_by_configuration_or_by_the_packages_functio
 
 def _parse_without_plugin() -> tuple[Any, str]:
     # What importing a package that is not installed does.
+    # None makes an import fail; the types know of modules only.
     sys.modules["megatron_flashoptim.megatron.hooks"] = None  # type: ignore[assignment]
     return _parse("--optimizer", "flash_adamw", *EIGHT_RANKS), _parse(
         "--optimizer", "adam", *EIGHT_RANKS
@@ -210,6 +211,7 @@ def _build_without_plugin(flash: object) -> str:
     import megatron_flashoptim.megatron as package
 
     vars(package).pop("hooks")
+    # None makes an import fail; the types know of modules only.
     sys.modules["megatron_flashoptim.megatron.hooks"] = None  # type: ignore[assignment]
     vars(optimizer).pop("flashoptim")
     importlib.reload(optimizer)

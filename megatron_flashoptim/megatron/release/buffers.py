@@ -77,10 +77,10 @@ class ReleasedBuffer:
         """
         for handle in self._grad_hooks:
             handle.remove()
+        params: Sequence[Any] = self.params  # torch has no types for the method
+        # Runs in the node whose hook is DDP's, and so before that.
         self._grad_hooks = [
-            # torch has no types for it. Runs in the node whose hook is DDP's, and so before that.
-            param.register_post_accumulate_grad_hook(hook_of(param))  # type: ignore[no-untyped-call]
-            for param in self.params
+            param.register_post_accumulate_grad_hook(hook_of(param)) for param in params
         ]
 
     def padding(self) -> list[list[torch.Tensor]]:
