@@ -6,11 +6,12 @@
     python scripts/quality.py                  # stopped ones go on from their checkpoints
 
 Each run is a process under torchrun on one GPU; as many run side by side as there are GPUs, or as
---parallel says: with two to a GPU one starts, validates or saves while the other trains. With
-``--minutes`` none is left running after that time: Megatron saves and exits
-(``--exit-duration-in-mins``), and the next call goes on. Losses and norms are read from the runs'
-TensorBoard events. Validation reads all that is held out (--full-validation). Numbers of several
-calls, on several machines, are put together by scripts/quality_report.py.
+--parallel says: with two to a GPU one starts, validates or saves while the other trains, if
+--stagger has them begin one after the other. With ``--minutes`` none is left running after that
+time: Megatron saves and exits (``--exit-duration-in-mins``), and the next call goes on. Losses and
+norms are read from the runs' TensorBoard events. Validation reads all that is held out
+(--full-validation). Numbers of several calls, on several machines, are put together by
+scripts/quality_report.py.
 
 The table of experiments is EXPERIMENTS below. With Transformer Engine, layers and Adam are its own;
 without, Adam is ``--resumable-adam`` of scripts/pretrain_gpt.py. Lion is that of the package
@@ -64,6 +65,8 @@ FUSED_LOSS = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "nat
 WITHOUT_MASK = ("--no-create-attention-mask-in-dataloader",)
 # A tenth of AdamW's rate with ten times its decay, as Lion's authors advise (arXiv 2302.06675).
 LION = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
+# A third of the tokens of a and b.
+SHORTER = ("--micro-batch-size", "32", "--global-batch-size", "32", "--train-iters", "1000")
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,11 @@ EXPERIMENTS = {
             "flash_adamw, nearest": (*FLASH_ADAMW, "--flash-rounding", "nearest"),
         },
     ),
-    "c": Experiment("8 experts, 169M", MOE, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
+    "c": Experiment("8 experts, 133M", MOE, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
     "d": Experiment(
         "GPT-2 124M, Lion",
         GPT,
-        LION,
+        (*LION, *SHORTER),
         {"lion": ("--optimizer", "lion"), "flash_lion": ("--optimizer", "flash_lion")},
     ),
 }
@@ -164,9 +167,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="N", help="(default: the experiment's)"
     )
+    parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME", help="of the experiments' tables (default: all)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--parallel", type=int, metavar="N", help="runs side by side (default: one to a GPU)"
+    )
+    parser.add_argument(
+        "--stagger",
+        type=int,
+        default=0,
+        metavar="SECONDS",
+        help="least time between the starts of two runs (default: 0)",
     )
     parser.add_argument(
         "--minutes", type=int, metavar="N", help="stop, with checkpoints, after this time"
@@ -195,10 +208,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--corpus {options.corpus}: no finished corpus; "
             f"python scripts/quality_corpus.py {options.corpus}"
         )
-    for name, least in (("minutes", LEAST_MINUTES), ("parallel", 1)):
+    for name, least in (("minutes", LEAST_MINUTES), ("parallel", 1), ("stagger", 0)):
         given = getattr(options, name)
         if given is not None and given < least:
             parser.error(f"--{name} {given}: at least {least}")
+    known = {name for letter in options.only for name in EXPERIMENTS[letter].optimizers}
+    for name in options.optimizers or ():
+        if name not in known:
+            parser.error(f"--optimizers {name}: not one of {'; '.join(sorted(known))}")
     options.json = options.json or options.output / "quality.json"
     options.picture = options.picture or options.output / "quality.png"
     return options
@@ -217,10 +234,12 @@ def all_runs(options: argparse.Namespace, setup: Setup) -> list[Run]:
         experiment = EXPERIMENTS[letter]
         for seed in options.seeds or experiment.seeds:
             for optimizer, own in experiment.optimizers.items():
+                if options.optimizers and optimizer not in options.optimizers:
+                    continue
                 arguments = (
                     *expand([f"@{REPOSITORY / experiment.model}"]),
-                    *_of_device(setup.device, has_experts=experiment.model == MOE),
                     *experiment.shared,
+                    *_of_device(setup.device, has_experts=experiment.model == MOE),
                     *own,
                     *("--seed", str(seed)),
                     *options.megatron,
@@ -286,6 +305,8 @@ class Workers:
         self._shares_gpus = len(set(gpus)) < len(gpus)
         self._ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         self._printing = threading.Lock()
+        self._starting = threading.Lock()
+        self._next_start = time.monotonic()
 
     def run(self, runs: list[Run]) -> None:
         """Go on with all that are not finished.
@@ -314,6 +335,9 @@ class Workers:
                 return
         place = self._places.get()
         try:
+            with self._starting:
+                time.sleep(max(0.0, self._next_start - time.monotonic()))
+                self._next_start = time.monotonic() + self._options.stagger
             run.folder.mkdir(parents=True, exist_ok=True)
             run.note_commit(git_commit() or "unknown")
             if self._shares_gpus:

@@ -132,11 +132,8 @@ def test_a_stopped_run_goes_on_where_it_was(
 ) -> None:
     """Stopped as by ``--minutes``, but after 20 iterations; then up to the end, and reused."""
     arguments = ["--output", str(tmp_path), "--corpus", str(text_corpus), "--device", "cpu"]
-    arguments += ["--only", "d", "--seeds", "7", "--", *TINY, "--eval-interval", "15"]
-    experiment = quality.EXPERIMENTS["d"]
-    flash = {"flash_lion": experiment.optimizers["flash_lion"]}
-    only = quality.Experiment(experiment.title, experiment.model, experiment.shared, flash)
-    monkeypatch.setitem(quality.EXPERIMENTS, "d", only)
+    arguments += ["--only", "d", "--optimizers", "flash_lion", "--seeds", "7"]
+    arguments += ["--", *TINY, "--eval-interval", "15"]
     command_of = quality.command_of
     stop = ["--exit-interval", "20"]
     monkeypatch.setattr(quality, "command_of", lambda *args: [*command_of(*args), *stop])
@@ -179,8 +176,11 @@ def test_a_failed_run_keeps_no_other_from_the_report(
     monkeypatch.setattr(quality, "run_logged", run_logged)
     monkeypatch.setattr(quality, "report", lambda _, __, runs: reported.extend(runs))
     arguments = ["--output", str(tmp_path), "--corpus", str(text_corpus), "--device", "cpu"]
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(RunFailed) as failed:
-        _main(monkeypatch, *arguments, "--only", "c", "--seeds", "1", "2")
+        _main(monkeypatch, *arguments, "--only", "c", "--seeds", "1", "2", "--stagger", "9")
+    assert waited[0] == 0 and all(8 < seconds <= 9 for seconds in waited[1:])
     assert str(failed.value).splitlines() == [
         f"c: adam, seed {seed}: exit code 1; log-1.txt" for seed in (1, 2)
     ]
@@ -322,6 +322,10 @@ def test_a_source_is_fetched_from_an_index_and_its_bytes_checked(
         (("--minutes", "2"), "--minutes 2: at least 3"),
         (("--corpus", "nowhere"), "nowhere: no finished corpus; python scripts/quality_corpus.py"),
         (("--only", "z"), "invalid choice: 'z'"),
+        (
+            ("--only", "d", "--optimizers", "adam"),
+            "--optimizers adam: not one of flash_lion; lion",
+        ),
     ],
 )
 def test_wrong_options_are_refused(
