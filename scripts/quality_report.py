@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OTHER_COLOUR = "#009E73"
-# Iterations to one stored loss.
-BLOCK = 10
+# Iterations to one stored loss, and stored losses to one of the plot of differences.
+BLOCK, SMOOTHED = 10, 5
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Write validation losses, and their difference from the first optimizer's mean, as a PNG."""
+    """Write training losses, their differences in pairs, and validation losses, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -156,13 +156,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     experiments = rows_of(record)
     figure, grid = pyplot.subplots(
-        2, len(experiments), figsize=(5 * len(experiments), 7), squeeze=False, layout="constrained"
+        3, len(experiments), figsize=(5.5 * len(experiments), 10), squeeze=False
     )
+    figure.set_layout_engine("constrained")
     for column, (letter, optimizers) in enumerate(experiments.items()):
-        curves, differences = grid[0][column], grid[1][column]
-        curves.set_title(record["experiments"][letter]["title"])
-        _draw_validation(curves, optimizers)
-        _draw_differences(differences, optimizers)
+        top, middle, bottom = grid[:, column]
+        top.set_title(record["experiments"][letter]["title"])
+        _draw_training(top, optimizers)
+        _draw_pairs(middle, optimizers)
+        _draw_validation(bottom, optimizers)
+        for axes in (top, middle, bottom):
+            axes.set_xlabel("iteration")
+            axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
         f"{record['device']}, megatron-core {record['versions']['megatron-core']}, "
         f"torch {record['versions']['torch']}",
@@ -176,26 +181,45 @@ def _colours(optimizers: dict[str, list[Row]]) -> dict[str, str]:
     return dict(zip(optimizers, (ADAM_COLOUR, FLASH_COLOUR, OTHER_COLOUR), strict=False))
 
 
-def _draw_validation(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
+def _steps(losses: list[float]) -> list[int]:
+    return [BLOCK * (number + 1) for number in range(len(losses))]
+
+
+def _draw_training(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
+    """Draw each run's training loss, in means of 10 iterations, without the first tenth."""
     for optimizer, colour in _colours(optimizers).items():
         for number, row in enumerate(optimizers[optimizer]):
+            first = len(row.losses) // 10
             axes.plot(
-                list(row.validation),
-                list(row.validation.values()),
+                _steps(row.losses)[first:],
+                row.losses[first:],
                 color=colour,
-                linewidth=1,
-                marker=".",
-                markersize=4,
+                linewidth=0.8,
                 label=None if number else optimizer,
             )
-    axes.set_ylabel("validation loss")
-    axes.set_xlabel("iteration")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("training loss")
     if any(optimizers.values()):
         axes.legend(frameon=False)
 
 
-def _draw_differences(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
+def _draw_pairs(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
+    """Draw the training loss minus that of the first optimizer's run on the same batches."""
+    first, base = next(iter(optimizers.items()))
+    of_seed = {row.seed: row.losses for row in base}
+    axes.axhline(0, color="black", linewidth=0.5)
+    for optimizer, colour in _colours(optimizers).items():
+        for row in optimizers[optimizer] if optimizer != first else ():
+            pairs = zip(row.losses, of_seed.get(row.seed, ()), strict=False)
+            differences = [own - other for own, other in pairs]
+            means = [
+                statistics.fmean(differences[end - SMOOTHED : end])
+                for end in range(SMOOTHED, len(differences) + 1)
+            ]
+            axes.plot(_steps(differences)[SMOOTHED - 1 :], means, color=colour, linewidth=0.8)
+    axes.set_ylabel(f"training loss minus {first}'s,\nsame batches, means of 50 iterations")
+
+
+def _draw_validation(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
     """Draw each run's validation loss minus the mean of the first optimizer's seeds."""
     first, base = next(iter(optimizers.items()))
     axes.axhline(0, color="black", linewidth=0.5)
@@ -204,10 +228,8 @@ def _draw_differences(axes: Axes, optimizers: dict[str, list[Row]]) -> None:
             shared = [step for step in row.validation if all(step in b.validation for b in base)]
             means = [statistics.fmean(b.validation[step] for b in base) for step in shared]
             values = [row.validation[s] - mean for s, mean in zip(shared, means, strict=True)]
-            axes.plot(shared, values, color=colour, linewidth=1, marker=".", markersize=4)
-    axes.set_ylabel(f"validation loss minus the mean of {first}'s")
-    axes.set_xlabel("iteration")
-    axes.spines[["top", "right"]].set_visible(False)
+            axes.plot(shared, values, color=colour, linewidth=1, marker=".", markersize=5)
+    axes.set_ylabel(f"validation loss minus\nthe mean of {first}'s")
 
 
 def together(records: list[dict[str, Any]]) -> dict[str, Any]:
