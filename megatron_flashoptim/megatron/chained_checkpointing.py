@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.utils import log_single_rank
 
@@ -66,6 +67,7 @@ class ChainedCheckpointing(_Base):
         if is_loading and self.release is not None:
             self.release.wait()  # the checkpoint is read into this very state
         if not is_loading:
+            self._gather_pending()
             self.check_can_be_saved(model_sharded_state_dict, kwargs.get("metadata"))
         return on_all_ranks(
             lambda: self._sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
@@ -296,6 +298,21 @@ class ChainedCheckpointing(_Base):
         return metadata.describe_groups(
             set().union(*broken), fp32 if in_bf16 else (), set().union(*quantized)
         )
+
+    @torch.no_grad()
+    def _gather_pending(self) -> None:
+        """Gather the weights that ``--overlap-param-gather`` leaves to the next forward pass.
+
+        They are the high parts of the masters: a checkpoint of weights of before the last step
+        beside corrections of after it would hold neither's masters. Megatron's training loop has
+        gathered them before it saves.
+        """
+        for chunk in self.model_chunks:
+            if not chunk.ddp_config.overlap_param_gather:
+                continue
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
 
     def _gather_weights(self) -> None:
         """Let all ranks have the weights that each has changed its own part of."""
