@@ -95,10 +95,9 @@ class ChainedCheckpointing(_Base):
         if sharding_type == metadata.FULLY_RESHARDABLE:
             self._agreed[sharding_type] = self._agree(members, model_sharded_state_dict)
         elif sharding_type == metadata.DP_RESHARDABLE:
-            local = on_all_ranks(
-                lambda: metadata.bucket_digests([member.bucket_space() for member in members])
-            )
-            self._agreed[sharding_type] = metadata.describe_bucket_groups(gathered(local))
+            ranks = gathered(on_all_ranks(lambda: _buckets(members)))
+            digests, described = zip(*ranks, strict=True)
+            self._agreed[sharding_type] = described[0] | metadata.describe_bucket_groups(digests)
 
     def _sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool, **kwargs: Any
@@ -267,13 +266,12 @@ class ChainedCheckpointing(_Base):
     def _describe(
         self, content: dict[str, Any], members: list[FlashDistributedOptimizer]
     ) -> dict[str, Any]:
-        """Return the description of the state to save, the same on all ranks but for buckets."""
+        """Return the description of the state to save, the same on all ranks.
+
+        Megatron saves that of rank 0, and warns on each rank that has another.
+        """
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
-        described |= self._agreed[content[metadata.SHARDING_TYPE]]
-        if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
-            spaces = [member.bucket_space() for member in members]
-            described |= metadata.describe_buckets(spaces, described["weights"])
-        return described
+        return described | self._agreed[content[metadata.SHARDING_TYPE]]
 
     def _agree(
         self, members: list[FlashDistributedOptimizer], model_sharded_state_dict: Any
@@ -320,6 +318,16 @@ class ChainedCheckpointing(_Base):
             member._copy_main_params_to_model_params()
         for chunk in self.model_chunks:
             chunk.start_param_sync(force_sync=True)
+
+
+def _buckets(
+    members: list[FlashDistributedOptimizer],
+) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Return what stands for the buckets of this rank, and on rank 0 their description."""
+    spaces = [member.bucket_space() for member in members]
+    is_first = torch.distributed.get_rank() == 0
+    described = metadata.describe_buckets(spaces, members[0].weights_dtype()) if is_first else {}
+    return metadata.bucket_digests(spaces), described
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:

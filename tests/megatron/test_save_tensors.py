@@ -1,4 +1,4 @@
-"""What is saved: weights of after the last step, and tensors that a writer may remember."""
+"""What is saved: one description, weights of after the step, tensors that a writer may remember."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ def test_weights_are_gathered_before_they_are_saved(
     """Or they would be those of before the step, and the corrections beside them of after it."""
     for saved, loaded in run_ranks(2, _saved_before_the_gather, tmp_path, save_as, **options):
         assert_same_state(loaded, saved)
+
+
+def _described(save_as: str, **options: Any) -> dict[str, Any]:
+    """Return what a rank says that is saved."""
+    import checkpoints
+    import tiny_gpt
+
+    metadata = checkpoints.metadata_of(save_as)
+    checkpoints.saved_state(tiny_gpt.build(tiny_gpt.Setup(**options)), metadata)
+    return metadata
+
+
+@pytest.mark.parametrize("save_as", ["dp_reshardable", "fully_reshardable"])
+def test_all_ranks_describe_the_same(megatron: None, save_as: str) -> None:
+    """Or Megatron would warn, on each rank whose pipeline stage is another than the first's."""
+    first, *others = run_ranks(4, _described, save_as, pp=2, experts=2, ep=2, moe_layers=[0, 1])
+    assert "flashoptim" in first
+    assert all(other == first for other in others)
 
 
 def test_tensors_on_the_device_are_the_live_state(megatron: None) -> None:
