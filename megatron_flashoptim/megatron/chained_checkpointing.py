@@ -225,8 +225,15 @@ class ChainedCheckpointing(_Base):
 
         Raises:
             ValueError: param groups differ, state is missing, or it does not belong to the
-                weights; on all ranks, whichever found it.
+                weights; or it is flash state. On all ranks, whichever found it.
         """
+        if metadata.KEY in state_dict:  # in fully_reshardable
+            raise ValueError(
+                "the checkpoint holds flash optimizer state, and sharded_state_dict(..., "
+                "is_loading=True, metadata=...) was given metadata that does not say so. Give it "
+                "that of dist_checkpointing.load_content_metadata(folder); what was saved without "
+                "content_metadata=... has none"
+            )
         local = on_all_ranks(lambda: self._convert_stock(state_dict))
         report = Report()
         for rank in gathered(local):
