@@ -142,7 +142,8 @@ class ModelSpace:
                         sharded += self._groups(owned, piece, name, owned.groups(tensor))
                     else:
                         if expanded is None:
-                            expanded = owned.groups(tensor).repeat_interleave(GROUP_SIZE)
+                            scales = _on_host(owned.groups(tensor))
+                            expanded = scales.repeat_interleave(GROUP_SIZE)
                         sharded += self._elements(owned, piece, f"{name}_{PER_ELEMENT}", expanded)
         return saved_state_dict(sharded)
 
@@ -296,6 +297,15 @@ class ModelSpace:
                 scales, owned.shape, owned.param_start, box, leading=piece.prepended
             )
             loading.actions.append(_Expand(covering, offset[-1] - first * GROUP_SIZE, target))
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory, of which more that is to be saved can be made.
+
+    With ``--ckpt-assume-constant-structure`` the worker of nvidia-resiliency-ext takes tensors on
+    the device from the addresses that the first save told it, and those in host memory as they are.
+    """
+    return tensor if tensor.is_meta else tensor.cpu()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.utils import log_single_rank
 
@@ -66,6 +67,7 @@ class ChainedCheckpointing(_Base):
         if is_loading and self.release is not None:
             self.release.wait()  # the checkpoint is read into this very state
         if not is_loading:
+            self._gather_pending()
             self.check_can_be_saved(model_sharded_state_dict, kwargs.get("metadata"))
         return on_all_ranks(
             lambda: self._sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
@@ -93,10 +95,9 @@ class ChainedCheckpointing(_Base):
         if sharding_type == metadata.FULLY_RESHARDABLE:
             self._agreed[sharding_type] = self._agree(members, model_sharded_state_dict)
         elif sharding_type == metadata.DP_RESHARDABLE:
-            local = on_all_ranks(
-                lambda: metadata.bucket_digests([member.bucket_space() for member in members])
-            )
-            self._agreed[sharding_type] = metadata.describe_bucket_groups(gathered(local))
+            ranks = gathered(on_all_ranks(lambda: _buckets(members)))
+            digests, described = zip(*ranks, strict=True)
+            self._agreed[sharding_type] = described[0] | metadata.describe_bucket_groups(digests)
 
     def _sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool, **kwargs: Any
@@ -224,8 +225,15 @@ class ChainedCheckpointing(_Base):
 
         Raises:
             ValueError: param groups differ, state is missing, or it does not belong to the
-                weights; on all ranks, whichever found it.
+                weights; or it is flash state. On all ranks, whichever found it.
         """
+        if metadata.KEY in state_dict:  # in fully_reshardable
+            raise ValueError(
+                "the checkpoint holds flash optimizer state, and sharded_state_dict(..., "
+                "is_loading=True, metadata=...) was given metadata that does not say so. Give it "
+                "that of dist_checkpointing.load_content_metadata(folder); what was saved without "
+                "content_metadata=... has none"
+            )
         local = on_all_ranks(lambda: self._convert_stock(state_dict))
         report = Report()
         for rank in gathered(local):
@@ -265,13 +273,12 @@ class ChainedCheckpointing(_Base):
     def _describe(
         self, content: dict[str, Any], members: list[FlashDistributedOptimizer]
     ) -> dict[str, Any]:
-        """Return the description of the state to save, the same on all ranks but for buckets."""
+        """Return the description of the state to save, the same on all ranks.
+
+        Megatron saves that of rank 0, and warns on each rank that has another.
+        """
         described = metadata.describe(members[0].flash, members[0].weights_dtype())
-        described |= self._agreed[content[metadata.SHARDING_TYPE]]
-        if content[metadata.SHARDING_TYPE] == metadata.DP_RESHARDABLE:
-            spaces = [member.bucket_space() for member in members]
-            described |= metadata.describe_buckets(spaces, described["weights"])
-        return described
+        return described | self._agreed[content[metadata.SHARDING_TYPE]]
 
     def _agree(
         self, members: list[FlashDistributedOptimizer], model_sharded_state_dict: Any
@@ -297,12 +304,37 @@ class ChainedCheckpointing(_Base):
             set().union(*broken), fp32 if in_bf16 else (), set().union(*quantized)
         )
 
+    @torch.no_grad()
+    def _gather_pending(self) -> None:
+        """Gather the weights that ``--overlap-param-gather`` leaves to the next forward pass.
+
+        They are the high parts of the masters: a checkpoint of weights of before the last step
+        beside corrections of after it would hold neither's masters. Megatron's training loop has
+        gathered them before it saves.
+        """
+        for chunk in self.model_chunks:
+            if not chunk.ddp_config.overlap_param_gather:
+                continue
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
+
     def _gather_weights(self) -> None:
         """Let all ranks have the weights that each has changed its own part of."""
         for member in self.chained_optimizers:
             member._copy_main_params_to_model_params()
         for chunk in self.model_chunks:
             chunk.start_param_sync(force_sync=True)
+
+
+def _buckets(
+    members: list[FlashDistributedOptimizer],
+) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Return what stands for the buckets of this rank, and on rank 0 their description."""
+    spaces = [member.bucket_space() for member in members]
+    is_first = torch.distributed.get_rank() == 0
+    described = metadata.describe_buckets(spaces, members[0].weights_dtype()) if is_first else {}
+    return metadata.bucket_digests(spaces), described
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:

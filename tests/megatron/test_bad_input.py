@@ -267,3 +267,30 @@ def _flash_norm() -> float:
 
 def test_shared_embedding_counts_once_in_the_gradient_norm() -> None:
     assert run_ranks(2, _flash_norm)[0] == pytest.approx(run_ranks(2, _counts_tied_once)[0], 2e-6)
+
+
+def _loaded_as_undescribed(folder: Path, **options: Any) -> str:
+    """Load with metadata of one's own, not the checkpoint's; returns what is said."""
+    import checkpoints
+    import tiny_gpt
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    trainer = tiny_gpt.build(tiny_gpt.Setup(**options))
+    checkpoints.save(trainer, folder, checkpoints.FULLY_RESHARDABLE)
+    model = checkpoints.sharded_model(trainer)
+    metadata = checkpoints.metadata_of(checkpoints.FULLY_RESHARDABLE)
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    loaded = dist_checkpointing.load(
+        {**model, "optimizer": optimizer}, str(folder), TorchDistLoadShardedStrategy()
+    )
+    with pytest.raises(ValueError) as refused:
+        trainer.optimizer.load_state_dict(loaded["optimizer"])
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"experts": 2, "ep": 2}], ids=["", "experts"])
+def test_metadata_that_hides_flash_state_is_named(tmp_path: Path, options: dict[str, Any]) -> None:
+    for message in run_ranks(2, _loaded_as_undescribed, tmp_path, **options):
+        assert "holds flash optimizer state" in message
+        assert "dist_checkpointing.load_content_metadata(folder)" in message

@@ -17,7 +17,8 @@ MODEL = f"""--num-layers 4 --hidden-size 256 --ffn-hidden-size 1024 --num-attent
 --disable-bias-linear
 --untie-embeddings-and-output-weights --num-experts 8 --moe-layer-freq ([0]+[1]*3)
 --moe-ffn-hidden-size 256 --moe-router-topk 2 --use-distributed-optimizer --optimizer flash_adamw
---overlap-grad-reduce --ddp-bucket-size 300000 --tensor-model-parallel-size {TENSOR}
+--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300000
+--tensor-model-parallel-size {TENSOR}
 --sequence-parallel --expert-model-parallel-size {EXPERT} --expert-tensor-parallel-size 1
 --pipeline-model-parallel-size {STAGES} --save nowhere --save-interval 1
 --dist-ckpt-optim-fully-reshardable""".split()

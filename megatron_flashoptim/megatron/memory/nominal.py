@@ -219,6 +219,9 @@ def _optimizer_state(optimizer: Any, model: dict[str, Any], content: dict[str, A
     from megatron_flashoptim.checkpoint import metadata as flash_metadata
 
     if content[flash_metadata.SHARDING_TYPE] == flash_metadata.DP_RESHARDABLE:
+        for chunk in optimizer.model_chunks:  # there is nothing in the weights to be gathered
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                group.param_gather_dispatched = True
         return optimizer.sharded_state_dict(model, metadata=content)
     # The chain would ask all ranks which keys have scales per element; here none has.
     return {
