@@ -379,7 +379,7 @@ def check_covered(ranks: Iterable[dict[str, tuple[int, int]]]) -> None:
         ranks: elements saved and all elements of each model key, of each rank and optimizer.
 
     Raises:
-        ValueError: names the tensor and the format that can be used; or ranks have the same part.
+        ValueError: names the tensor and the format that can be used.
     """
     saved: dict[str, int] = {}
     total: dict[str, int] = {}
@@ -388,13 +388,7 @@ def check_covered(ranks: Iterable[dict[str, tuple[int, int]]]) -> None:
             saved[key] = saved.get(key, 0) + numel
             total[key] = whole
     for key, whole in total.items():
-        if saved[key] > whole:
-            raise ValueError(
-                f"{saved[key]} elements of state would be saved for the {whole} of {key}: several "
-                "ranks hold the same ones, as with --tensor-parallel-num-weight-shards above the "
-                "tensor parallel size (and its twin for experts). Drop that flag"
-            )
-        if saved[key] < whole:
+        if saved[key] != whole:
             raise ValueError(
                 f"{saved[key]} of the {whole} elements of {key} have optimizer state: Megatron "
                 "keeps layers of one kind in one tensor, and some of them are frozen. Save with "

@@ -81,14 +81,3 @@ def test_field_that_older_checkpoints_lack_has_its_old_value(
     metadata.check(old, Config(), "bfloat16")
     with pytest.raises(ValueError, match="code sqrt, this run has other"):
         metadata.check(old, Config(code="other"), "bfloat16")
-
-
-def test_state_in_part_and_state_of_several_ranks_are_told_apart(megatron: None) -> None:
-    from megatron_flashoptim.checkpoint.metadata import check_covered
-
-    half, whole = {"fc1": (50, 100)}, {"fc1": (100, 100)}
-    check_covered([half, half])
-    with pytest.raises(ValueError, match=r"50 of the 100 elements of fc1 .* are frozen"):
-        check_covered([half])
-    with pytest.raises(ValueError, match=r"200 elements .* 100 of fc1: .*-num-weight-shards"):
-        check_covered([whole, half, half])
