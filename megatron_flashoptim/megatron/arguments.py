@@ -17,6 +17,7 @@ from megatron_flashoptim.megatron.support import (
     early_gather_refusal,
     first_refusal,
     quantized_refusal,
+    rl_offload_refusal,
 )
 from megatron_flashoptim.optim.config import (
     ROUNDING_POLICIES,
@@ -177,6 +178,10 @@ def _select(error: Callable[[str], Any], namespace: argparse.Namespace) -> None:
     for given_too, refusal_beside in (
         (config.early_param_gather, early_gather_refusal),
         (getattr(namespace, "fp8_param_gather", False), quantized_refusal),
+        (
+            getattr(namespace, "rl_offload_optimizer_during_inference", False),
+            rl_offload_refusal,
+        ),
     ):
         refusal = refusal_beside(namespace) if given_too else None
         if refusal is not None:

@@ -98,6 +98,17 @@ REFUSED = (
         "Megatron clips whole main parameters, and those of a distributed optimizer are flat parts "
         "(with Adam the first clipped step fails); drop the flag",
     ),
+    *(
+        Refused(
+            f"{expert}gtp_weight_remat_size",
+            lambda value: value > 1,
+            f"--{expert.replace('_', '-')}tensor-parallel-num-weight-shards above the tensor "
+            "parallel size",
+            "checkpoints would have to tell apart the ranks that share a shard of the weights, and "
+            "it was never tried; drop the flag",
+        )
+        for expert in ("", "expert_")
+    ),
     Refused(
         "overlap_param_gather_with_optimizer_step",
         lambda value: bool(value) and not versions.gathers_in_step(),
@@ -245,6 +256,18 @@ REFUSED_WITH_EARLY_GATHER = (
 )
 
 
+# With --rl-offload-optimizer-during-inference.
+REFUSED_WITH_RL_OFFLOAD = (
+    Refused(
+        "ckpt_assume_constant_structure",
+        _is_set,
+        "--ckpt-assume-constant-structure",
+        "the worker of --async-save would go on reading the state where it was before it was "
+        "offloaded; drop one of the two",
+    ),
+)
+
+
 def first_refused(options: Any, table: Iterable[Refused]) -> Refused | None:
     """Return the first refused option among those that are set, or None.
 
@@ -276,6 +299,16 @@ def quantized_refusal(options: Any) -> str | None:
     if found is None:
         return None
     return f"--fp8-param-gather cannot be used with {found.flag}: {found.reason}"
+
+
+def rl_offload_refusal(options: Any) -> str | None:
+    """Return why the options cannot be combined with offloading for RL's inference; likewise."""
+    found = first_refused(options, REFUSED_WITH_RL_OFFLOAD)
+    if found is None:
+        return None
+    return (
+        f"--rl-offload-optimizer-during-inference cannot be used with {found.flag}: {found.reason}"
+    )
 
 
 def refusal_of_the_rule(optimizer: str, options: Any) -> str | None:

@@ -97,6 +97,10 @@ REFUSED = {
         "--rl-offload-optimizer-during-inference",
         "drop one",
     ),
+    "--rl-offload-optimizer-during-inference --ckpt-assume-constant-structure": (
+        "--ckpt-assume-constant-structure",
+        "drop one",
+    ),
     "--optimizer-cuda-graph --timing-log-level 1": ("--timing-log-level above 0", "drop one"),
     "--optimizer-cuda-graph --overlap-param-gather-with-optimizer-step": (
         "--overlap-param-gather-with-optimizer-step",

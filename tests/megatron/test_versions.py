@@ -159,6 +159,24 @@ def test_gather_within_the_step_is_refused_where_it_would_not_be_ours() -> None:
     assert refusal is None or "use 0.18 or newer" in refusal
 
 
+@pytest.mark.parametrize("expert", ["", "expert_"])
+def test_weights_shared_out_further_are_refused_where_megatron_can(expert: str) -> None:
+    import dataclasses
+
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    from megatron_flashoptim.megatron.support import first_refusal
+
+    shards = f"{expert}tensor_parallel_num_weight_shards"
+    if shards not in {field.name for field in dataclasses.fields(ModelParallelConfig)}:
+        assert tuple(map(int, versions.installed_version().split(".")[:2])) < (0, 19)
+        return
+    refusals = [
+        first_refusal("flash_adamw", ModelParallelConfig(**{shards: count})) for count in (1, 2)
+    ]
+    assert refusals[0] is None and f"--{shards.replace('_', '-')} above" in str(refusals[1])
+
+
 def test_version_is_that_of_the_imported_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout of Megatron-LM on the path hides the installed wheel, not its metadata."""
     from megatron.core import package_info
