@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import pickle
+import shutil
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,6 +229,45 @@ def read_record(records: Path, number: int) -> Record | None:
 def forget_part(records: Path, number: int) -> None:
     """Remove the record of a part, which is then to be written again."""
     (records / _RECORD.format(number)).unlink()
+
+
+def is_whole(folder: Path, record: Record) -> bool:
+    """Return whether the file of a part has its size; folders are copied, and file systems fail."""
+    ends: dict[str, int] = {}
+    for result in record.results:
+        info = result.storage_data
+        ends[info.relative_path] = max(info.offset + info.length, ends.get(info.relative_path, 0))
+    files = ((folder / name, end) for name, end in ends.items())
+    return all(file.is_file() and file.stat().st_size >= end for file, end in files)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all.
+
+    Raises:
+        ValueError: its folder cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    with writing(path.parent):
+        with open(unfinished, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+def copy_contents(source: Path, target: Path) -> None:
+    """Copy a file, or a folder with all that is in it.
+
+    Without permissions: what is copied of a read-only folder could not be written again by the same
+    command after an interruption.
+    """
+    if not source.is_dir():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir(exist_ok=True)
+    for each in source.iterdir():
+        copy_contents(each, target / each.name)
 
 
 def write_metadata(folder: Path, layout: Layout, records: Sequence[Record]) -> None:
