@@ -83,6 +83,7 @@ class Result:
         bytes_before, bytes_after: of all files of the iteration.
         resumed: parts that an interrupted conversion had finished already.
         parts: all of them.
+        is_latest: whether the folder's tracker names it, and not a later iteration that was there.
     """
 
     folder: Path
@@ -91,6 +92,7 @@ class Result:
     bytes_after: int
     resumed: int
     parts: int
+    is_latest: bool
 
 
 class Conversion:
@@ -112,6 +114,7 @@ class Conversion:
         check_destination(self.final, self.folder.path)  # a destination that is SRC's own --save
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
+        self._named = "release" if self.folder.iteration is None else str(self.folder.iteration)
         self._work = request.destination / f".converting-{self.folder.name}"
         self._new = self._work / "checkpoint"
         self._records = self._work / "records"
@@ -194,6 +197,7 @@ class Conversion:
                 conversion only ends what is left to do.
         """
         made = not self.request.destination.exists()
+        before = bytes_of(self.folder.path)  # now: at the end it may be there no more
         try:
             with alone(self._work):
                 resumed = len(self.parts)
@@ -211,10 +215,11 @@ class Conversion:
         return Result(
             folder=self.final,
             report=report,
-            bytes_before=bytes_of(self.folder.path),
+            bytes_before=before,
             bytes_after=bytes_of(self.final),
             resumed=resumed,
             parts=len(self.parts),
+            is_latest=(self.request.destination / TRACKER).read_text().strip() == self._named,
         )
 
     def _is_in_place(self) -> bool:
@@ -418,10 +423,8 @@ class Conversion:
         tracker = self.request.destination / TRACKER
         before = tracker.read_text().strip() if tracker.is_file() else ""
         number = self.folder.iteration
-        if number is None:
-            writer.write_text(tracker, "release")
-        elif not before.isdigit() or int(before) < number:
-            writer.write_text(tracker, str(number))
+        if number is None or not before.isdigit() or int(before) < number:
+            writer.write_text(tracker, self._named)
         report = self._report()
         if self._records.is_dir():
             shutil.rmtree(self._records)

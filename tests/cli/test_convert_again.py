@@ -121,3 +121,51 @@ def test_what_is_copied_of_a_read_only_source_can_be_written_again(
     assert all(path.stat().st_mode & 0o200 for path in made), "not only where this is root"
     assert (tmp_path / "new" / NAME / "tokenizer" / "of" / "it").read_text() == "words"
     assert error(*command, code=1)
+
+
+def test_an_older_iteration_is_loaded_by_its_number(
+    adam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    tracker = new / "latest_checkpointed_iteration.txt"
+    for latest, after in (("9", " --ckpt-step 2"), ("1", ""), ("2", "")):
+        tracker.write_text(latest)
+        assert main(["convert", "--to", "flash", str(adam), str(new)]) == 0
+        assert capsys.readouterr().out.endswith(f"load it with --load {new}{after}\n")
+        assert tracker.read_text() == ("9" if latest == "9" else "2")
+        shutil.rmtree(new / NAME)
+
+
+@pytest.mark.parametrize("target", ["flash", "weights"])
+def test_a_source_that_is_gone_when_all_is_read_is_not_missed(
+    target: str, adam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As where a run keeps its last iterations only."""
+    from megatron_flashoptim.checkpoint import offline, weights_file
+
+    source = shutil.copytree(adam, tmp_path / "source" / NAME)
+    size = sum(file.stat().st_size for file in source.iterdir())
+    place: Any = offline.Conversion if target == "flash" else weights_file
+    original = place._verify
+
+    def verify(*given: Any) -> None:
+        original(*given)
+        shutil.rmtree(source)
+
+    monkeypatch.setattr(place, "_verify", verify)
+    assert main(["convert", "--to", target, str(source), str(tmp_path / "new")]) == 0
+    assert f" MB, from {size / 1e6:.2f} MB (" in capsys.readouterr().out
+
+
+def test_another_checkpoint_at_the_same_place_is_read_anew(adam: Path, tmp_path: Path) -> None:
+    """By one process, which opened the first."""
+    from megatron_flashoptim.checkpoint.folder import open_folder
+    from megatron_flashoptim.checkpoint.offline import Conversion, Request
+
+    source = shutil.copytree(adam, tmp_path / "source")
+    flash = Conversion(Request(source, tmp_path / "flash", "flash")).run().folder
+    shutil.rmtree(source)
+    flash.rename(source)
+    back = Conversion(Request(source, tmp_path / "adam", "adam")).run().folder
+    assert open_folder(back).optimizer == "adam"
