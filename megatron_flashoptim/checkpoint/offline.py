@@ -153,6 +153,7 @@ class Conversion:
                 f"same layout knows which element is whose: {loads}{metadata.RESAVE}"
             )
         self.recoding.check(repair=request.repair)
+        self._common()  # for its ValueError: it is written after all tensors are looked at
 
     def _parts(self) -> Iterator[list[Any]]:
         part: list[Any] = []
