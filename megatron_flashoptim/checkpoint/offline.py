@@ -227,7 +227,7 @@ class Conversion:
         """Return whether this conversion was interrupted with its result moved into place."""
         if not self.final.is_dir() or self._new.exists() or not self._described.is_file():
             return False
-        return bool(json.loads(self._described.read_text()) == self._identity())
+        return bool(writer.read_json(self._described) == self._identity())
 
     def _move_into_place(self, progress: Progress) -> None:
         """Convert, verify, and move the result into place.
@@ -264,7 +264,7 @@ class Conversion:
         """Make the working folder, or check that the one there is this conversion's."""
         identity = self._identity()
         if self._described.is_file():
-            if json.loads(self._described.read_text()) != identity:
+            if writer.read_json(self._described) != identity:
                 raise ValueError(
                     f"{self._work} holds an unfinished conversion of another checkpoint, with "
                     "other options or of another release; remove it, or give another folder"
@@ -319,9 +319,8 @@ class Conversion:
         """
         path = self._checked
         chunks = self.recoding.chunks_to_check()
-        if path.is_file():
-            numbers = json.loads(path.read_text())
-        else:
+        numbers = writer.read_json(path)
+        if numbers is None:
             total = sum(chunk.box.numel() for chunk in chunks)
             done, numbers = 0, []
             if chunks:
@@ -410,7 +409,7 @@ class Conversion:
                 return None
             report.add(record.report)
         chunks = self.recoding.chunks_to_check()
-        report.damaged = [chunks[number].name for number in json.loads(self._checked.read_text())]
+        report.damaged = [chunks[number].name for number in writer.read_json(self._checked) or ()]
         return report
 
     def _end(self) -> Report | None:

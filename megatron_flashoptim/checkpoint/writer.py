@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
 import pickle
 import shutil
@@ -216,14 +217,19 @@ def _cause(problem: BaseException) -> str:
 
 
 def read_record(records: Path, number: int) -> Record | None:
-    """Return the record of a part, or None where the part is not written."""
+    """Return the record of a part, or None where the part is not written, or its record damaged."""
     path = records / _RECORD.format(number)
     if not path.is_file():
         return None
-    with open(path, "rb") as file:
-        found = pickle.load(file)
-    assert isinstance(found, Record)
-    return found
+    try:
+        found = pickle.loads(path.read_bytes())
+    except OSError:
+        raise
+    except (
+        Exception
+    ):  # a file system may lose what it has synced, and damaged pickles raise anything
+        return None
+    return found if isinstance(found, Record) else None
 
 
 def forget_part(records: Path, number: int) -> None:
@@ -254,6 +260,14 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return what is in a small file, None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def copy_contents(source: Path, target: Path) -> None:

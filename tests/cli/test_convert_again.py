@@ -169,3 +169,27 @@ def test_another_checkpoint_at_the_same_place_is_read_anew(adam: Path, tmp_path:
     flash.rename(source)
     back = Conversion(Request(source, tmp_path / "adam", "adam")).run().folder
     assert open_folder(back).optimizer == "adam"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80garbage"])
+@pytest.mark.parametrize("name", ["records/part-000001.record", "damaged.json", "conversion.json"])
+def test_damaged_notes_of_an_unfinished_conversion_are_made_anew(
+    name: str, content: bytes, adam: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """But not those of what it is: parts of another conversion would be taken for its own."""
+    from megatron_flashoptim.checkpoint import offline
+
+    monkeypatch.setattr(offline, "_PART", 1 << 13)
+    command = ("convert", "--to", "flash", str(adam), str(tmp_path / "new"))
+    _killed_while_verifying(monkeypatch, *command)
+    work = tmp_path / "new" / f".converting-{NAME}"
+    (work / name).write_bytes(content)
+    code = main(command)
+    shown = capsys.readouterr()
+    if name == "conversion.json":
+        assert code == 1 and f"{work} holds an unfinished conversion of another" in shown.err
+        return
+    assert code == 0
+    assert ("checking" in shown.err) == (name == "damaged.json")
+    found = re.search(r"^(\d+) of (\d+) parts were there", shown.out, re.MULTILINE)
+    assert found and int(found[2]) - int(found[1]) == ("record" in name) < int(found[1])
