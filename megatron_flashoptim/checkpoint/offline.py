@@ -270,8 +270,9 @@ class Conversion:
                     "other options or of another release; remove it, or give another folder"
                 )
             if self._new.is_dir():
-                for number, record in enumerate(self._all_records()):
-                    if record is not None and not writer.is_whole(self._new, record):
+                for number, plan in enumerate(self.layout.plans):
+                    record = self._record(number)
+                    if record is not None and not writer.is_whole(self._new, record, plan):
                         writer.forget_part(self._records, number)
                 return
             shutil.rmtree(self._work)  # its result was moved into place, and is gone from there

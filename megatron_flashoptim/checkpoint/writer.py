@@ -237,8 +237,13 @@ def forget_part(records: Path, number: int) -> None:
     (records / _RECORD.format(number)).unlink()
 
 
-def is_whole(folder: Path, record: Record) -> bool:
-    """Return whether the file of a part has its size; folders are copied, and file systems fail."""
+def is_whole(folder: Path, record: Record, plan: SavePlan) -> bool:
+    """Return whether a part is the planned one, and its file has its size.
+
+    Folders are copied, file systems fail, and other code of the same release may plan other parts.
+    """
+    if {result.index for result in record.results} != {item.index for item in plan.items}:
+        return False
     ends: dict[str, int] = {}
     for result in record.results:
         info = result.storage_data

@@ -193,3 +193,21 @@ def test_damaged_notes_of_an_unfinished_conversion_are_made_anew(
     assert ("checking" in shown.err) == (name == "damaged.json")
     found = re.search(r"^(\d+) of (\d+) parts were there", shown.out, re.MULTILINE)
     assert found and int(found[2]) - int(found[1]) == ("record" in name) < int(found[1])
+
+
+def test_parts_that_were_planned_otherwise_are_written_again(
+    adam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a development version of the same number; boxes without a file would be in the result."""
+    from megatron_flashoptim.checkpoint import offline
+    from megatron_flashoptim.checkpoint.folder import open_folder
+
+    command = ("convert", "--to", "flash", str(adam), str(tmp_path / "new"))
+    monkeypatch.setattr(offline, "_PART", 1 << 13)
+    _killed_while_verifying(monkeypatch, *command)
+    monkeypatch.setattr(offline, "_PART", 1 << 15)
+    assert main(command) == 0
+    reader = open_folder(tmp_path / "new" / NAME).reader
+    for key in reader.tensors():
+        for box in reader.chunks(key):
+            reader.read(key, box)
