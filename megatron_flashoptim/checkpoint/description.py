@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_flashoptim.checkpoint import metadata
+from megatron_flashoptim.checkpoint import metadata, param_groups
 from megatron_flashoptim.checkpoint.folder import FLASH, WEIGHTS, CheckpointFolder
 from megatron_flashoptim.codec.spec import FORMAT_VERSION
 from megatron_flashoptim.optim.shard import EXP_AVG_SQ
@@ -116,7 +116,7 @@ def _schedule(common: dict[str, Any]) -> str:
     if "num_steps" in scheduler:
         told.append(f"{scheduler['num_steps']} samples")
     if isinstance(state := common.get("optimizer"), dict):
-        groups = (state.get("optimizer") or {}).get("param_groups") or []
+        groups = param_groups.of_optimizer(state)
         steps = sorted({int(group["step"]) for group in groups if "step" in group})
         rates = sorted({float(group["lr"]) for group in groups if "lr" in group})
         betas = sorted({tuple(group["betas"]) for group in groups if "betas" in group})

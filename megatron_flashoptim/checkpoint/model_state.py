@@ -6,7 +6,7 @@ groups are counted in it row by row, as the ranks counted them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,7 @@ class ModelState:
         self._reader = folder.reader
         self._kinds = folder.state()
         self._older = folder.sharding_type == FULLY_SHARDED_MODEL_SPACE
+        self._master = OLDER_MASTER if self._older else MASTER
         self._code = folder.flash.get("exp_avg_sq_code", "sqrt")
 
     def chunks(self, key: str) -> list[Chunk]:
@@ -128,6 +129,21 @@ class ModelState:
     def has_state(self, key: str) -> bool:
         """Return whether a model tensor has optimizer state; frozen ones do not."""
         return key in self._kinds
+
+    def check_kinds(self, moments: Iterable[str]) -> None:
+        """Look for masters and some moments of all that has state, before any is read.
+
+        Raises:
+            ValueError: the checkpoint lacks one; names it.
+        """
+        flash = self._folder.optimizer == FLASH
+        for key, kinds in self._kinds.items():
+            if not flash:
+                self._key(key, self._master)
+            for moment in moments:
+                self._key(key, moment)
+                if flash and f"{SCALE_OF[moment]}_{PER_ELEMENT}" not in kinds:
+                    self._key(key, SCALE_OF[moment])
 
     def weight(self, span: Span) -> torch.Tensor:
         """Return model weights, flat, of their own dtype."""
@@ -153,7 +169,7 @@ class ModelState:
             key = self._kinds[span.chunk.key][CORRECTION]
             dtype = self._reader.tensors()[key].properties.dtype
             return join_master(high, self._read(span, key, dtype))
-        return self._read_fp32(span, OLDER_MASTER if self._older else MASTER)
+        return self._read_fp32(span, self._master)
 
     def belongs(self, chunk: Chunk, most: int) -> bool:
         """Return whether a chunk's masters are those of its weights.
@@ -174,7 +190,7 @@ class ModelState:
         """
         if self._folder.optimizer != FLASH:
             return self._read_fp32(span, kind)
-        key = self._key(span, kind)
+        key = self._key(span.chunk.key, kind)
         codes = self._read(span, key, self._reader.tensors()[key].properties.dtype)
         return decode_elements(kind, codes, self._element_scales(span, kind), code=self._code)
 
@@ -185,7 +201,7 @@ class ModelState:
         if per_element is not None:
             return self._read(span, per_element, torch.bfloat16)
         scales = torch.empty(span.numel, dtype=torch.bfloat16)
-        key = self._key(span, name)
+        key = self._key(span.chunk.key, name)
         for whole, local in span.boxes():
             first = whole.offset[-1] // GROUP_SIZE
             last = -(-(whole.offset[-1] + whole.shape[-1]) // GROUP_SIZE)
@@ -196,7 +212,7 @@ class ModelState:
         return scales
 
     def _read_fp32(self, span: Span, kind: str) -> torch.Tensor:
-        key = self._key(span, kind)
+        key = self._key(span.chunk.key, kind)
         weight = self._reader.shape(span.chunk.key)
         if not self._older or len(self._reader.shape(key)) == len(weight):
             return self._read(span, key, torch.float32)
@@ -211,16 +227,16 @@ class ModelState:
             self._reader.read_into(span.view(flat, local), key, whole.offset)
         return flat
 
-    def _key(self, span: Span, kind: str) -> str:
-        """Return the key of a kind of state.
+    def _key(self, key: str, kind: str) -> str:
+        """Return the key of a kind of state of a model tensor.
 
         Raises:
             ValueError: there is none.
         """
-        found = self._kinds[span.chunk.key].get(kind)
+        found = self._kinds[key].get(kind)
         if found is None:
             raise ValueError(
-                f"{self._folder.path} has no {kind} of {span.chunk.key}, but other state of it: "
+                f"{self._folder.path} has no {kind} of {key}, but other state of it: "
                 "the checkpoint is damaged, or of an optimizer that is not known here"
             )
         return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
@@ -20,6 +19,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, save_integrity_manifest
 
 from megatron_flashoptim.checkpoint import common_state, metadata, param_groups, workers, writer
+from megatron_flashoptim.checkpoint.alone import alone
 from megatron_flashoptim.checkpoint.damage import missing_or_short, read_metadata
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.folder import ADAM, FLASH, CheckpointFolder, open_folder
@@ -83,6 +83,7 @@ class Result:
         bytes_before, bytes_after: of all files of the iteration.
         resumed: parts that an interrupted conversion had finished already.
         parts: all of them.
+        is_latest: whether the folder's tracker names it, and not a later iteration that was there.
     """
 
     folder: Path
@@ -91,6 +92,7 @@ class Result:
     bytes_after: int
     resumed: int
     parts: int
+    is_latest: bool
 
 
 class Conversion:
@@ -112,6 +114,7 @@ class Conversion:
         check_destination(self.final, self.folder.path)  # a destination that is SRC's own --save
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
+        self._named = "release" if self.folder.iteration is None else str(self.folder.iteration)
         self._work = request.destination / f".converting-{self.folder.name}"
         self._new = self._work / "checkpoint"
         self._records = self._work / "records"
@@ -122,7 +125,7 @@ class Conversion:
             (self.final, self._is_in_place()),
         ):
             if taken.exists() and not fits:
-                raise ValueError(f"{taken} is there already; remove it, or give another folder")
+                raise _taken(taken)
         self.parts = list(self._parts())
         self.layout = writer.plan_parts(
             [[box for span in part for box in self.recoding.boxes(span)] for part in self.parts],
@@ -150,6 +153,7 @@ class Conversion:
                 f"same layout knows which element is whose: {loads}{metadata.RESAVE}"
             )
         self.recoding.check(repair=request.repair)
+        self._common()  # for its ValueError: it is written after all tensors are looked at
 
     def _parts(self) -> Iterator[list[Any]]:
         part: list[Any] = []
@@ -193,30 +197,39 @@ class Conversion:
                 where; before any part is, nothing is left. Where the result is in place, the same
                 conversion only ends what is left to do.
         """
-        resumed = len(self.parts)
-        if not self._is_in_place():
-            made = not self.request.destination.exists()
-            self._begin(made)
-            resumed = sum(record is not None for record in self._all_records())
-            self._move_into_place(progress, made)
-        with writer.writing(self.request.destination):
-            report = self._end()
+        made = not self.request.destination.exists()
+        before = bytes_of(self.folder.path)  # now: at the end it may be there no more
+        try:
+            with alone(self._work):
+                resumed = len(self.parts)
+                if not self._is_in_place():
+                    self._begin()
+                    resumed = sum(record is not None for record in self._all_records())
+                    self._move_into_place(progress)
+                with writer.writing(self.request.destination):
+                    report = self._end()
+        except BaseException:
+            if made:
+                with suppress(OSError):  # something is in it
+                    self.request.destination.rmdir()
+            raise
         return Result(
             folder=self.final,
             report=report,
-            bytes_before=bytes_of(self.folder.path),
+            bytes_before=before,
             bytes_after=bytes_of(self.final),
             resumed=resumed,
             parts=len(self.parts),
+            is_latest=(self.request.destination / TRACKER).read_text().strip() == self._named,
         )
 
     def _is_in_place(self) -> bool:
         """Return whether this conversion was interrupted with its result moved into place."""
         if not self.final.is_dir() or self._new.exists() or not self._described.is_file():
             return False
-        return bool(json.loads(self._described.read_text()) == self._identity())
+        return bool(writer.read_json(self._described) == self._identity())
 
-    def _move_into_place(self, progress: Progress, made: bool) -> None:
+    def _move_into_place(self, progress: Progress) -> None:
         """Convert, verify, and move the result into place.
 
         Raises:
@@ -232,17 +245,10 @@ class Conversion:
                     f"{said}. What is finished is kept in {self._work}: the same command goes "
                     "on with it; delete it if you do not"
                 ) from problem
-            self._discard(made)
+            shutil.rmtree(self._work)
             if isinstance(problem, BrokenExecutor):  # a process was killed, for its memory mostly
                 raise ValueError(said) from problem
             raise
-
-    def _discard(self, made: bool) -> None:
-        """Remove the working folder, and the destination if this conversion made it."""
-        shutil.rmtree(self._work)
-        if made:
-            with suppress(OSError):  # others may have put something there
-                self.request.destination.rmdir()
 
     def _convert_and_verify(self, progress: Progress) -> None:
         with workers.Pool(self._job(), self.request.processes) as pool:
@@ -254,29 +260,35 @@ class Conversion:
                 self._finish_folder(finished)
             self._verify(pool, progress)
 
-    def _begin(self, made: bool) -> None:
+    def _begin(self) -> None:
         """Make the working folder, or check that the one there is this conversion's."""
         identity = self._identity()
         if self._described.is_file():
-            if json.loads(self._described.read_text()) != identity:
+            if writer.read_json(self._described) != identity:
                 raise ValueError(
                     f"{self._work} holds an unfinished conversion of another checkpoint, with "
                     "other options or of another release; remove it, or give another folder"
                 )
             if self._new.is_dir():
+                for number, plan in enumerate(self.layout.plans):
+                    record = self._record(number)
+                    if record is not None and not writer.is_whole(self._new, record, plan):
+                        writer.forget_part(self._records, number)
                 return
             shutil.rmtree(self._work)  # its result was moved into place, and is gone from there
+        elif self.final.exists():
+            raise _taken(self.final)  # another process was faster
         with writer.writing(self.request.destination):
             self._new.mkdir(parents=True, exist_ok=True)
             self._records.mkdir(exist_ok=True)
         needed, free = self.bytes_of_result(), shutil.disk_usage(self._work).free
         if needed > free:
-            self._discard(made)
+            shutil.rmtree(self._work)
             raise ValueError(
                 f"{self.request.destination} has {free / 1e9:.1f} GB free, the result needs "
                 f"{needed / 1e9:.1f} GB"
             )
-        _write_safely(self._described, json.dumps(identity))
+        writer.write_text(self._described, json.dumps(identity))
 
     def _identity(self) -> dict[str, Any]:
         from megatron_flashoptim import __version__
@@ -308,9 +320,8 @@ class Conversion:
         """
         path = self._checked
         chunks = self.recoding.chunks_to_check()
-        if path.is_file():
-            numbers = json.loads(path.read_text())
-        else:
+        numbers = writer.read_json(path)
+        if numbers is None:
             total = sum(chunk.box.numel() for chunk in chunks)
             done, numbers = 0, []
             if chunks:
@@ -320,7 +331,7 @@ class Conversion:
                 progress("checking", done, total)
                 if not belongs:
                     numbers.append(number)
-            _write_safely(path, json.dumps(sorted(numbers)))
+            writer.write_text(path, json.dumps(sorted(numbers)))
         damaged = [chunks[number] for number in sorted(numbers)]
         if damaged and not self.request.repair:
             Report(damaged=[chunk.name for chunk in damaged]).check()
@@ -365,17 +376,13 @@ class Conversion:
     def _finish_folder(self, records: Sequence[writer.Record]) -> None:
         """Write what is no part: torch's metadata, Megatron's files, and others of the source."""
         writer.write_metadata(self._new, self.layout, records)
-        shutil.copy2(self.folder.path / "metadata.json", self._new / "metadata.json")
+        writer.copy_contents(self.folder.path / "metadata.json", self._new / "metadata.json")
         if not self.has_common_key():
             common_state.write_file(self._new, self._common())
         for other in self.folder.path.iterdir():
             if other.name in _OWN_FILES or other.suffix == ".distcp":
                 continue
-            copied = self._new / other.name
-            if other.is_dir():
-                shutil.copytree(other, copied, dirs_exist_ok=True)
-            else:
-                shutil.copy2(other, copied)
+            writer.copy_contents(other, self._new / other.name)
 
     def _verify(self, pool: workers.Pool, progress: Progress) -> None:
         """Read everything back, through the metadata just written."""
@@ -403,7 +410,7 @@ class Conversion:
                 return None
             report.add(record.report)
         chunks = self.recoding.chunks_to_check()
-        report.damaged = [chunks[number].name for number in json.loads(self._checked.read_text())]
+        report.damaged = [chunks[number].name for number in writer.read_json(self._checked) or ()]
         return report
 
     def _end(self) -> Report | None:
@@ -417,10 +424,8 @@ class Conversion:
         tracker = self.request.destination / TRACKER
         before = tracker.read_text().strip() if tracker.is_file() else ""
         number = self.folder.iteration
-        if number is None:
-            _write_safely(tracker, "release")
-        elif not before.isdigit() or int(before) < number:
-            _write_safely(tracker, str(number))
+        if number is None or not before.isdigit() or int(before) < number:
+            writer.write_text(tracker, self._named)
         report = self._report()
         if self._records.is_dir():
             shutil.rmtree(self._records)
@@ -482,10 +487,5 @@ def bytes_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _write_safely(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+def _taken(path: Path) -> ValueError:
+    return ValueError(f"{path} is there already; remove it, or give another folder")

@@ -20,6 +20,8 @@ SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
 _MAY_DIFFER = ((), (_EXPERTS,), SCHEDULE, (_EXPERTS, *SCHEDULE))
 # What a group of the run keeps when it takes over one of a checkpoint.
 OWN = ("params", _EXPERTS)
+# Megatron's name, in the state of the parameters, of the step number that all have.
+_STEP_OF_ALL = "common_step"
 # Of Adam: in the param groups of torch's, and in arguments where there is a flag for it.
 DECOUPLED = "decoupled_weight_decay"
 # Hyper-parameters that make another formula, not another number in it: the flag of each, and the
@@ -39,13 +41,20 @@ def of_optimizer(state: dict[Any, Any]) -> list[Group]:
         state: what Megatron keeps under ``optimizer``; of a chain, by number.
     """
     if "optimizer" in state:
-        return list(state["optimizer"]["param_groups"])
+        return _with_step(state["optimizer"])
     chained = sorted(key for key in state if isinstance(key, int))
-    return [
-        group
-        for key in chained
-        for group in state[key].get("optimizer", {}).get("param_groups", ())
-    ]
+    return [group for key in chained for group in _with_step(state[key].get("optimizer", {}))]
+
+
+def _with_step(inner: dict[str, Any]) -> list[Group]:
+    """Return the groups of what torch's optimizer keeps, each with the number of steps.
+
+    Megatron's optimizers that are not distributed save it beside the groups, where torch's Adam
+    counts it.
+    """
+    step = (inner.get("state") or {}).get(_STEP_OF_ALL)
+    own = {} if step is None else {"step": step}
+    return [own | group for group in inner.get("param_groups", ())]
 
 
 def decoupled_by_adam(groups: Iterable[Group], args: object) -> bool | None:

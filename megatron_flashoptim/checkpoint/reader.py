@@ -203,7 +203,11 @@ class CheckpointReader:
         if index not in self._stored:
             while len(self._stored) >= _MOST_REMEMBERED:
                 del self._stored[next(iter(self._stored))]
-            info = self.metadata.storage_data[index]
+            info = self.metadata.storage_data.get(index)
+            if info is None:
+                raise self._damaged(
+                    ".metadata", key, LookupError("does not say in which file it is")
+                )
             if getattr(info, "transform_descriptors", None):
                 raise ValueError(
                     f"{key} in {self.folder} was saved with the transformations "

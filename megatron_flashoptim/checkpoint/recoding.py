@@ -108,6 +108,7 @@ class Recoding:
         )
         if folder.optimizer == FLASH:
             self.check_flash(repair=repair)
+            self._check_kinds()
             return
         kinds = {kind for kinds in folder.state().values() for kind in kinds}
         unknown = sorted(kinds - _ADAM_KINDS)
@@ -127,6 +128,11 @@ class Recoding:
             raise ValueError(
                 f"{folder.path} has optimizer state but no weight of {without[0]}: it is damaged"
             )
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        """Refuse state that lacks something, which reading would find after hours."""
+        self.state.check_kinds(self.moments if self.keeps_moments else ())
 
     def check_flash(self, *, repair: bool) -> None:
         """Refuse flash state that cannot be what is asked for, or is it already.

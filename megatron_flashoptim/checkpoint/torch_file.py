@@ -28,6 +28,8 @@ _HEADER_BYTES = 30
 _LENGTHS = struct.Struct("<26xHH")
 # Bytes whose CRC-32 is computed at once.
 _AT_ONCE = 1 << 20
+# Beside what torch itself has: hooks, and the storage of dtypes without a typed one, such as FP8.
+_OF_NO_MATTER = (("collections", "OrderedDict"), ("torch.storage", "UntypedStorage"))
 CHANGED = "its bytes are not those that were saved, by their CRC-32"
 
 
@@ -227,7 +229,7 @@ class _Description(pickle.Unpickler):
         rebuild = {"_rebuild_tensor_v2": _tensor, "_rebuild_tensor_v3": _tensor}
         if module == "torch._utils" and name in rebuild:
             return rebuild[name]
-        if module == "torch" or (module, name) == ("collections", "OrderedDict"):
+        if module == "torch" or (module, name) in _OF_NO_MATTER:
             return _nothing
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_flashoptim.checkpoint.alone import alone, lock_of
 from megatron_flashoptim.checkpoint.boxes import Box, flat_number, view_of_box
 from megatron_flashoptim.checkpoint.deviation import named
 from megatron_flashoptim.checkpoint.folder import ADAM, WEIGHTS, CheckpointFolder, open_folder
@@ -111,13 +112,17 @@ class WeightsExport:
             )
         self.tensors = self._placed()
         if destination.exists() and not self._may_be_filled():
-            raise ValueError(f"{destination} is there already; remove it, or give another folder")
+            raise self._taken()
+
+    def _taken(self) -> ValueError:
+        return ValueError(f"{self.destination} is there already; remove it, or give another folder")
 
     def _may_be_filled(self) -> bool:
         """Return whether the destination is an empty folder, or one that a kill left unfinished."""
         if not self.destination.is_dir():
             return False
         found = {path.name for path in self.destination.iterdir()}
+        found.discard(lock_of(Path(_WORK)).name)
         # Files are moved out of the working folder one by one, and it is removed after them.
         left = {_WORK, INDEX, *self._headers} if _WORK in found else set()
         return found <= left
@@ -174,6 +179,17 @@ class WeightsExport:
         work = self.destination.with_name(f"{_WORK}-{self.destination.name}")
         if stays:
             work = self.destination / _WORK
+        with alone(work):
+            self._fill(work, stays, progress)
+
+    def _fill(self, work: Path, stays: bool, progress: Callable[[str, int, int], None]) -> None:
+        """Write into a working folder and move that, or what is in it, into place.
+
+        Raises:
+            ValueError: as of ``run``.
+        """
+        if self.destination.exists() and not self._may_be_filled():  # another process was faster
+            raise self._taken()
         if work.exists():
             self._remove(work)
         work.mkdir(parents=True)

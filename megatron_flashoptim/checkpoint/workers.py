@@ -69,6 +69,8 @@ class Pool:
 
     def __init__(self, job: Job, processes: int) -> None:
         self._job = job
+        for of_another in (_source, _recoding, _reader):  # whose folders had the same names
+            of_another.cache_clear()
         self._executor = None
         if processes > 1:
             # Spawned, not forked: this process has threads by now.

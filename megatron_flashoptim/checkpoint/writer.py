@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
 import pickle
+import shutil
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,19 +217,76 @@ def _cause(problem: BaseException) -> str:
 
 
 def read_record(records: Path, number: int) -> Record | None:
-    """Return the record of a part, or None where the part is not written."""
+    """Return the record of a part, or None where the part is not written, or its record damaged."""
     path = records / _RECORD.format(number)
     if not path.is_file():
         return None
-    with open(path, "rb") as file:
-        found = pickle.load(file)
-    assert isinstance(found, Record)
-    return found
+    try:
+        found = pickle.loads(path.read_bytes())
+    except OSError:
+        raise
+    except (
+        Exception
+    ):  # a file system may lose what it has synced, and damaged pickles raise anything
+        return None
+    return found if isinstance(found, Record) else None
 
 
 def forget_part(records: Path, number: int) -> None:
     """Remove the record of a part, which is then to be written again."""
     (records / _RECORD.format(number)).unlink()
+
+
+def is_whole(folder: Path, record: Record, plan: SavePlan) -> bool:
+    """Return whether a part is the planned one, and its file has its size.
+
+    Folders are copied, file systems fail, and other code of the same release may plan other parts.
+    """
+    if {result.index for result in record.results} != {item.index for item in plan.items}:
+        return False
+    ends: dict[str, int] = {}
+    for result in record.results:
+        info = result.storage_data
+        ends[info.relative_path] = max(info.offset + info.length, ends.get(info.relative_path, 0))
+    files = ((folder / name, end) for name, end in ends.items())
+    return all(file.is_file() and file.stat().st_size >= end for file, end in files)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all.
+
+    Raises:
+        ValueError: its folder cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    with writing(path.parent):
+        with open(unfinished, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return what is in a small file, None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def copy_contents(source: Path, target: Path) -> None:
+    """Copy a file, or a folder with all that is in it.
+
+    Without permissions: what is copied of a read-only folder could not be written again by the same
+    command after an interruption.
+    """
+    if not source.is_dir():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir(exist_ok=True)
+    for each in source.iterdir():
+        copy_contents(each, target / each.name)
 
 
 def write_metadata(folder: Path, layout: Layout, records: Sequence[Record]) -> None:

@@ -185,7 +185,8 @@ def _print_result(conversion: Conversion, result: Result, seconds: float) -> Non
         f"{result.folder}: {_size(result.bytes_after)}, from {_size(result.bytes_before)} "
         f"({result.bytes_after / result.bytes_before:.2f}), written and verified in {seconds:.1f} s"
     )
-    print(f"load it with --load {result.folder.parent}")
+    step = "" if result.is_latest else f" --ckpt-step {conversion.folder.iteration}"
+    print(f"load it with --load {result.folder.parent}{step}")
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -204,10 +205,10 @@ def _export(options: argparse.Namespace) -> int:
         size = _size(export.bytes_of_result())
         print(f"{options.destination} would have {size}; nothing was written")
         return 0
-    started = time.monotonic()
+    started, before = time.monotonic(), bytes_of(export.folder.path)
     with Progress() as progress:
         export.run(progress)
-    before, after = bytes_of(export.folder.path), bytes_of(options.destination)
+    after = bytes_of(options.destination)
     print(
         f"{options.destination}: {len(export.tensors)} tensors, {_size(after)}, from "
         f"{_size(before)} ({after / before:.2f}), written and verified in "

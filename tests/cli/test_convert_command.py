@@ -148,7 +148,8 @@ def test_a_killed_conversion_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_part", dies)
         assert run(*command).returncode == -signal.SIGKILL
-    assert [file.name for file in (tmp_path / "flash").iterdir()] == [".converting-iter_0000002"]
+    left = sorted(file.name for file in (tmp_path / "flash").iterdir())
+    assert left == [".converting-iter_0000002", ".converting-iter_0000002.lock"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^2 of \d+ parts were there from an interrupted", done.stdout, re.MULTILINE)
@@ -272,7 +273,7 @@ def test_weights_that_were_killed_while_moved_are_written_anew(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", dies)
         assert run(*command).returncode == -signal.SIGKILL
-    assert len(list(new.iterdir())) == 3, "two files, and the working folder"
+    assert len(list(new.iterdir())) == 4, "two files, the working folder, and its lock"
     (new / "mine").touch()
     assert "is there already" in error(*command, code=1)
     (new / "mine").unlink()

@@ -181,6 +181,23 @@ def test_one_flipped_bit_is_found(
     assert main(commands[0]) == 0
 
 
+def test_a_tensor_of_no_file_is_named(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "embedding.word_embeddings.weight"
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    metadata.storage_data = {
+        index: info for index, info in metadata.storage_data.items() if index.fqn != key
+    }
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    for command in (
+        ("convert", "--to", "flash", str(saved), str(tmp_path / "new")),
+        ("inspect", str(saved), "--no-report"),
+    ):
+        said = _error(capsys, *command)
+        assert f"is damaged: {key} in .metadata: does not say in which file it is. " in said
+
+
 def test_what_was_finished_before_damage_is_kept_and_gone_on_with(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
