@@ -223,11 +223,9 @@ def read_record(records: Path, number: int) -> Record | None:
         return None
     try:
         found = pickle.loads(path.read_bytes())
-    except OSError:
-        raise
-    except (
-        Exception
-    ):  # a file system may lose what it has synced, and damaged pickles raise anything
+    except Exception as problem:  # a damaged pickle raises anything
+        if isinstance(problem, OSError):
+            raise
         return None
     return found if isinstance(found, Record) else None
 
