@@ -10,9 +10,9 @@ Each run is a process under torchrun on one GPU; as many run side by side as the
 --stagger has them begin one after the other. With ``--minutes`` none is left running after that
 time: Megatron saves and exits (``--exit-duration-in-mins``), and the next call goes on. Losses and
 norms are read from the runs' TensorBoard events. Validation reads all that is held out
-(--full-validation), for which Megatron takes one sequence at a time whatever the batch: half a
-minute, in which the GPU is hardly used. Numbers of several calls, on several machines, are put
-together by scripts/quality_report.py.
+(--full-validation), for which Megatron takes one sequence at a time whatever the batch, so that the
+GPU is hardly used. Numbers of several calls, on several machines, are put together by
+scripts/quality_report.py.
 
 The table of experiments is EXPERIMENTS below. With Transformer Engine, layers and Adam are its own;
 without, Adam is ``--resumable-adam`` of scripts/pretrain_gpt.py. Lion is that of the package
@@ -324,6 +324,9 @@ class Workers:
             raise RunFailed("\n".join(failed))
 
     def _run(self, run: Run) -> None:
+        with self._starting:
+            time.sleep(max(0.0, self._next_start - time.monotonic()))
+            self._next_start = time.monotonic() + self._options.stagger
         minutes = None
         if self._ends is not None:
             # Megatron counts whole minutes, and neither its start nor the save at the end.
@@ -332,9 +335,6 @@ class Workers:
                 return
         place = self._places.get()
         try:
-            with self._starting:
-                time.sleep(max(0.0, self._next_start - time.monotonic()))
-                self._next_start = time.monotonic() + self._options.stagger
             run.folder.mkdir(parents=True, exist_ok=True)
             run.note_commit(git_commit() or "unknown")
             if self._shares_gpus:

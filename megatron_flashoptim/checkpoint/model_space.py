@@ -300,7 +300,7 @@ class ModelSpace:
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, of which more that is to be saved can be made.
+    """Return the same in host memory, where more can be made of it that is to be saved.
 
     With ``--ckpt-assume-constant-structure`` the worker of nvidia-resiliency-ext takes tensors on
     the device from the addresses that the first save told it, and those in host memory as they are.

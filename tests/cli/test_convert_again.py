@@ -11,30 +11,10 @@ from typing import Any
 
 import pytest
 from console import error, run
-from ranks import run_ranks
 
 from megatron_flashoptim.cli import main
 
 NAME = "iter_0000002"
-
-
-def _save(folder: Path) -> None:
-    import checkpoints
-    import tiny_gpt
-    from exact_adamw import use_as_megatrons_adam
-
-    use_as_megatrons_adam()
-    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None, layers=1))
-    trainer.train(2)
-    folder.mkdir()
-    checkpoints.save(trainer, folder, "fully_reshardable")
-
-
-@pytest.fixture(scope="module")
-def adam(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adam") / NAME
-    run_ranks(1, _save, folder)
-    return folder
 
 
 def _killed_while_verifying(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:

@@ -17,35 +17,15 @@ from zipfile import ZipFile
 import pytest
 import torch
 from damage import flip
-from ranks import run_ranks
 
 from megatron_flashoptim.cli import main
 
 NAME = "iter_0000002"
 
 
-def _save(folder: Path) -> None:
-    import checkpoints
-    import tiny_gpt
-    from exact_adamw import use_as_megatrons_adam
-
-    use_as_megatrons_adam()
-    trainer = tiny_gpt.build(tiny_gpt.Setup(flash=None, layers=1))
-    trainer.train(2)
-    folder.mkdir()
-    checkpoints.save(trainer, folder, "fully_reshardable")
-
-
-@pytest.fixture(scope="module")
-def whole(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / NAME
-    run_ranks(1, _save, folder)
-    return folder
-
-
 @pytest.fixture
-def saved(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "saved" / NAME))
+def saved(adam: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adam, tmp_path / "saved" / NAME))
 
 
 def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

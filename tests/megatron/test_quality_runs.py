@@ -232,6 +232,24 @@ def test_the_table_compares_the_seeds_that_both_have() -> None:
     assert flash == f"{first}+0.0000 ± 0.1768 | 5 |"
 
 
+def test_pairs_are_those_of_the_same_seed() -> None:
+    """Means of 50 iterations of what lies between two runs on the same batches."""
+    from matplotlib.figure import Figure
+
+    losses = {"adam": {1: [4.0] * 8, 2: [3.0] * 8}, "flash_adamw": {2: [3.5] * 8, 3: [1.0] * 8}}
+    optimizers = {
+        name: [
+            dataclasses.replace(quality_report.Row(**_row(name, seed, 2.0)), losses=means)
+            for seed, means in of.items()
+        ]
+        for name, of in losses.items()
+    }
+    axes = Figure().add_subplot()
+    quality_report._draw_pairs(axes, optimizers)
+    drawn = [line.get_xydata().tolist() for line in axes.lines[1:]]
+    assert drawn == [[[50, 0.5], [60, 0.5], [70, 0.5], [80, 0.5]], []]
+
+
 def _record(experiment: str, seeds: tuple[int, ...], **other: object) -> dict[str, object]:
     runs = [{**_row("adam", seed, 2.0), "experiment": experiment} for seed in seeds]
     described = {experiment: {"title": experiment, "optimizers": {"adam": []}}}
