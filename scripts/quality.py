@@ -66,6 +66,8 @@ FUSED_LOSS = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "nat
 WITHOUT_MASK = ("--no-create-attention-mask-in-dataloader",)
 # A tenth of AdamW's rate with ten times its decay, as Lion's authors advise (arXiv 2302.06675).
 LION = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
+# The same sums in another order: how far apart do runs end that differ in rounding alone?
+ACCUMULATED = ("--micro-batch-size", "32")
 # A third of the tokens of a and b.
 SHORTER = ("--micro-batch-size", "32", "--global-batch-size", "32", "--train-iters", "1000")
 
@@ -98,6 +100,7 @@ EXPERIMENTS = {
             "adam": ADAM,
             "flash_adamw, stochastic": (*FLASH_ADAMW, "--flash-rounding", "stochastic"),
             "flash_adamw, nearest": (*FLASH_ADAMW, "--flash-rounding", "nearest"),
+            "adam, accumulated": (*ADAM, *ACCUMULATED),
         },
     ),
     "c": Experiment("8 experts, 133M", MOE, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),

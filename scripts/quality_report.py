@@ -20,7 +20,7 @@ from quickstart_runs import RunFailed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OTHER_COLOUR = "#009E73"
+OTHER_COLOURS = ("#009E73", "#999999")
 # Iterations to one stored loss, and stored losses to one of the plot of differences.
 BLOCK, SMOOTHED = 10, 5
 
@@ -178,7 +178,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def _colours(optimizers: dict[str, list[Row]]) -> dict[str, str]:
-    return dict(zip(optimizers, (ADAM_COLOUR, FLASH_COLOUR, OTHER_COLOUR), strict=False))
+    return dict(zip(optimizers, (ADAM_COLOUR, FLASH_COLOUR, *OTHER_COLOURS), strict=False))
 
 
 def _steps(losses: list[float]) -> list[int]:
@@ -251,8 +251,14 @@ def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     experiments: dict[str, Any] = {}
     for record in records:
         for letter, described in record["experiments"].items():
-            if experiments.setdefault(letter, described) != described:
+            known = experiments.setdefault(letter, {**described, "optimizers": {}})
+            # A record made before an optimizer was added to the experiment lacks it.
+            optimizers = {**known["optimizers"], **described["optimizers"]}
+            if {**known, "optimizers": {}} != {**described, "optimizers": {}} or any(
+                optimizers[name] != of for name, of in known["optimizers"].items()
+            ):
                 raise RunFailed(f"records differ in what experiment {letter} is")
+            known["optimizers"] = optimizers
     return {
         **first,
         "commit": ", ".join(dict.fromkeys(record["commit"] for record in records)),

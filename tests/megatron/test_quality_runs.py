@@ -272,7 +272,14 @@ def test_records_of_several_calls_are_put_together(
     assert first.startswith("| a | adam | 1 | ") and second.startswith("| b | adam | 1, 2, 3 | ")
     written = json.loads(whole.read_text())
     assert written["commit"] == "1, 2" and written["commands"] == ["x"]
+    later = {"title": "b", "optimizers": {"adam": [], "flash_adamw": ["--x"]}}
+    changed = {"title": "b", "optimizers": {"adam": ["--y"]}}
+    files[1].write_text(json.dumps(_record("b", (3,), experiments={"b": later})))
+    quality_report.main()
+    assert json.loads(whole.read_text())["experiments"]["b"] == later
     for other, told in (
+        (_record("b", (3,), experiments={"b": changed}), "differ in what experiment b is"),
+        (_record("b", (3,), experiments={"b": {**later, "title": ""}}), "what experiment b is"),
         (_record("b", (2,)), "have a run twice: b, adam, 2"),
         (_record("b", (3,), device="gpu"), "differ in device: cpu and gpu"),
     ):
