@@ -87,3 +87,21 @@ def check_destination(destination: Path, source: Path) -> None:
             f"{destination} {'is' if inner == outer else 'lies within'} the source {source}, which "
             "is only read; give another folder"
         )
+
+
+def check_release(destination: Path) -> None:
+    """Refuse to hide a training's iterations behind a release, which only the tracker names.
+
+    Args:
+        destination: folder that will get ``release``, which need not be there.
+
+    Raises:
+        ValueError: its tracker names an iteration.
+    """
+    tracker = destination / TRACKER
+    latest = tracker.read_text().strip() if tracker.is_file() else "release"
+    if latest != "release":
+        raise ValueError(
+            f"{destination} has iteration {latest}, which {TRACKER} names as the latest; a release "
+            "would be loaded in its place. Give another folder"
+        )

@@ -23,7 +23,7 @@ from megatron_flashoptim.checkpoint.alone import alone
 from megatron_flashoptim.checkpoint.damage import missing_or_short, read_metadata
 from megatron_flashoptim.checkpoint.deviation import Report
 from megatron_flashoptim.checkpoint.folder import ADAM, FLASH, CheckpointFolder, open_folder
-from megatron_flashoptim.checkpoint.iterations import TRACKER, check_destination
+from megatron_flashoptim.checkpoint.iterations import TRACKER, check_destination, check_release
 from megatron_flashoptim.checkpoint.model_state import Chunk
 from megatron_flashoptim.checkpoint.recoding import Recoding
 from megatron_flashoptim.checkpoint.writer import NewBox
@@ -115,6 +115,8 @@ class Conversion:
         self.recoding = Recoding(self.folder, request.target, _flash_of(request, self.folder))
         self._check_request()
         self._named = "release" if self.folder.iteration is None else str(self.folder.iteration)
+        if self.folder.iteration is None:
+            check_release(request.destination)
         self._work = request.destination / f".converting-{self.folder.name}"
         self._new = self._work / "checkpoint"
         self._records = self._work / "records"

@@ -79,7 +79,8 @@ class WeightsExport:
         source: folder of a checkpoint, or of one of its iterations.
         destination: new folder.
         dtype: of what is written: fp32 joins masters, bf16 takes the model weights, or the high
-            parts of masters where flash keeps those of FP8 weights by tensor.
+            parts of masters where flash keeps those of FP8 weights by tensor. What the model itself
+            has in fp32, such as a router's bias, is fp32 in both.
         iteration: of the source; by default its latest.
 
     Raises:
@@ -132,9 +133,9 @@ class WeightsExport:
         used = 0
         for key in sorted(self.folder.weights()):
             found = self.folder.reader.tensors()[key]
-            dtype = (
-                self._dtype if found.properties.dtype.is_floating_point else found.properties.dtype
-            )
+            dtype = found.properties.dtype
+            if dtype.is_floating_point and dtype != torch.float32:
+                dtype = self._dtype
             size = math.prod(found.size) * dtype.itemsize
             if files[-1] and used + size > _FILE_BYTES:
                 files.append([])
@@ -152,6 +153,12 @@ class WeightsExport:
                 for tensor, start in zip(tensors, starts, strict=True)
             ]
         return placed
+
+    def kept_in_fp32(self) -> int:
+        """Return the number of tensors that are fp32 though bf16 was asked for."""
+        if self._dtype == torch.float32:
+            return 0
+        return sum(tensor.dtype == torch.float32 for tensor in self.tensors)
 
     def numel(self) -> int:
         """Return the number of elements of all tensors."""

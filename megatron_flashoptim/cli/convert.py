@@ -198,6 +198,8 @@ def _export(options: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     export = WeightsExport(options.source, options.destination, dtype, options.iteration)
     _print_source(export.folder)
+    if kept := export.kept_in_fp32():
+        print(f"{kept} of {len(export.tensors)} tensors are fp32 in the model and stay so")
     if options.dry_run:
         for tensor in export.tensors:
             planned = _planned(bytes_of_tensor(tensor), tensor.dtype, tensor.shape, tensor.key)

@@ -191,3 +191,18 @@ def test_parts_that_were_planned_otherwise_are_written_again(
     for key in reader.tensors():
         for box in reader.chunks(key):
             reader.read(key, box)
+
+
+def test_a_release_hides_no_training(adam: Path, tmp_path: Path) -> None:
+    """Megatron loads a release where the tracker says so; a run's own iterations would be lost."""
+    new, source = tmp_path / "new", tmp_path / "a name of one's own"
+    source.symlink_to(adam)
+    assert main(("convert", "--to", "flash", str(adam), str(new))) == 0
+    tracker = new / "latest_checkpointed_iteration.txt"
+    command = ("convert", "--to", "flash", str(source), str(new))
+    said = error(*command, code=1)
+    assert f"{new} has iteration 2, which {tracker.name} names as the latest" in said
+    assert tracker.read_text().strip() == "2" and not (new / "release").exists()
+    assert main((*command[:-1], str(tmp_path / "other"))) == 0
+    named = tmp_path / "other" / tracker.name
+    assert named.read_text().strip() == "release"

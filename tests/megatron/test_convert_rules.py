@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from adam_checkpoints import FULLY, save
+from mixed_precision import EXPERTS as MIXED_EXPERTS
+from mixed_precision import is_kept_in_fp32
 from ranks import run_ranks
 from test_convert import _contents, _convert, _described, _save_flash
 
@@ -173,3 +175,30 @@ def test_what_older_checkpoints_do_not_say_is_shown_as_it_was(
     assert "/release: flash_adamw, fully_reshardable" in capsys.readouterr().out
     shown = description.describe(folder)["optimizer"]
     assert shown.startswith("flash_adamw, 24-bit masters, sqrt code, ")
+
+
+def test_weights_in_bf16_are_the_models_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fp32 norms and routers of a bf16 model lose nothing."""
+    from safetensors.torch import load_file
+
+    source = tmp_path / "flash"
+    source.mkdir()
+    run_ranks(1, _save_flash, source, **MIXED_EXPERTS)
+    saved, _ = _contents(source)
+    for dtype in ("bf16", "fp32"):
+        new = tmp_path / dtype
+        command = ("convert", "--to", "weights", "--dtype", dtype, str(source), str(new))
+        assert main(command) == 0
+        (file,) = new.glob("*.safetensors")
+        written = load_file(file)
+        fp32 = [key for key in written if is_kept_in_fp32(key)]
+        assert 1 < len(fp32) < len(written)
+        kept = f"{len(fp32)} of {len(written)} tensors are fp32 in the model and stay so\n"
+        assert (kept in capsys.readouterr().out) == (dtype == "bf16")
+        for key, tensor in written.items():
+            if dtype == "bf16" or key in fp32:
+                assert tensor.dtype == saved[key].dtype and torch.equal(tensor, saved[key]), key
+            else:
+                assert tensor.dtype == torch.float32 and not torch.equal(tensor, saved[key]), key
