@@ -97,6 +97,7 @@ those in configs/"
     [ -z "$LOAD" ] || [ -d "$LOAD" ] || die "LOAD='$LOAD': no such folder"
     [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
     check_python
+    check_newest
     [ -n "$CONTAINER" ] || [ -f "$SCRIPT" ] || die "SCRIPT='$SCRIPT': no such file"
     LIMIT_SECONDS="$(slurm_seconds "$TIME")" ||
         die "TIME='$TIME': give minutes, hours:minutes:seconds or days-hours"
@@ -175,6 +176,20 @@ from SAVE: give it in FIRST_ARGS, used while SAVE has no checkpoint"
 # The iteration of the newest complete checkpoint in SAVE, as Megatron notes it; empty: there is none.
 newest_checkpoint() {
     cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || true
+}
+
+# check_newest: there is no such note, or it names a checkpoint. A node that failed while Megatron wrote
+# it may leave it empty, and a disk may not answer: the start would take LOAD and begin again, over
+# the checkpoints that are there.
+check_newest() {
+    local note="$SAVE/latest_checkpointed_iteration.txt" found
+    if ! found="$(LC_ALL=C cat -- "$note" 2>&1)"; then
+        [[ "$found" == *": No such file or directory" ]] || die "${found#cat: }: SAVE may have \
+checkpoints, and the training would begin again beside them"
+    elif ! [[ "$found" =~ ^[[:space:]]*([0-9]+|release)[[:space:]]*$ ]]; then
+        die "$note holds '$found', which is no iteration: writing it was cut off. Write the number of \
+the newest whole checkpoint in SAVE into it"
+    fi
 }
 
 # make_command FIRST_NODE:PORT ID SECONDS_LEFT: leave in COMMAND what runs on each node, and in

@@ -124,6 +124,32 @@ def test_a_start_that_goes_back_is_the_last_one(tmp_path: Path) -> None:
     assert job.start("release") == job.start(1) == "requeued", "iteration 0 to Megatron"
 
 
+@pytest.mark.parametrize(
+    ("noted", "message"),
+    [("", "holds '', which is no iteration: "), (None, "Is a directory: SAVE may have checkpoints")],
+)
+def test_a_note_of_the_newest_checkpoint_that_cannot_be_read_is_not_taken_for_none(
+    noted: str | None, message: str, tmp_path: Path
+) -> None:
+    note = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    first = {"LOAD": tmp_path, "FIRST_ARGS": "--finetune"}
+    job = Starts(tmp_path, **first)
+    assert job.start(5000) == "requeued"
+    note.unlink()
+    if noted is None:
+        note.mkdir()
+    else:
+        note.write_text(noted)  # the node failed while it was written
+    command, error = _test(tmp_path, **first)
+    assert not command and error.count("\n") == 1 and message in error
+    assert message in job.start(code=2)
+    assert job.requeues() == 1
+    for works in ("5000", "release\n"):
+        if noted is not None:
+            note.write_text(works)
+            assert f"--load {note.parent} " in _test(tmp_path, **first)[0]
+
+
 def test_wrong_arguments_end_the_job_at_once(tmp_path: Path) -> None:
     """With the real torchrun and launcher, which is given a file that is not there."""
     job = Starts(tmp_path, PYTHON=sys.executable, EXTRA_ARGS="@missing.args")
