@@ -21,8 +21,17 @@ from megatron_flashoptim.cli.argument_files import read_arguments
 _COMMANDS = {
     # srun runs what each node would, node.sh, and squeue answers questions for time and state.
     "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
-    "squeue": 'if [ "${!#}" = %T ]; then echo "$STATE"; else echo 1:00:00; fi',
-    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>"$REQUEUED"; fi',
+    "squeue": """
+        if [ "${!#}" != %T ]; then echo 1:00:00; exit; fi
+        if [ -n "${FAILS:-}" ]; then echo >>"$FAILS"; [ "$(wc -l <"$FAILS")" -gt "$MOST" ]; fi
+        echo "$STATE"
+    """,
+    "scontrol": """
+        if [ "$1" = show ]; then echo 127.0.0.1; exit; fi
+        if [ -n "${FAILS:-}" ]; then echo >>"$FAILS"; [ "$(wc -l <"$FAILS")" -gt "$MORE" ]; fi
+        echo "$*" >>"$REQUEUED"
+    """,
+    "sleep": "",
     "training": """
         if [ -n "$SAVED" ]; then echo "$SAVED" >"$SAVE/latest_checkpointed_iteration.txt"; fi
         if [ "$CODE" = finished ]; then touch "$SAVE/.finished-$SLURM_JOB_ID"; exit 0; fi
@@ -43,7 +52,7 @@ class Starts:
         bin_folder.mkdir()
         for name, lines in _COMMANDS.items():
             command = bin_folder / name
-            command.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+            command.write_text(f"#!/usr/bin/env bash\nset -e\n{lines}\n")
             command.chmod(0o755)
         arguments = folder / "model.args"
         arguments.write_text("--optimizer adam --save-interval 1  # not --finetune\n")
@@ -115,6 +124,17 @@ def test_starts_that_slurm_ends_are_no_tries(tmp_path: Path) -> None:
     assert job.start(code=0) == "not requeued: no checkpoint since this start, and RETRIES=0"
 
 
+def test_slurm_is_asked_again_while_it_does_not_answer(tmp_path: Path) -> None:
+    job = Starts(tmp_path, FAILS=tmp_path / "asked", MOST=5, MORE=8)
+    assert job.start(10) == "requeued" and job.requeues() == 1
+    assert (tmp_path / "asked").read_text().count("\n") == 9, "five and two failed"
+    for saved, most, told in ((20, "99", "Slurm did not answer"), (30, "0", "scontrol failed")):
+        (tmp_path / "asked").unlink()
+        last = job.start(saved, MOST=most, MORE="99")
+        assert last == f"not requeued: {told} for ten minutes"
+    assert job.requeues() == 1
+
+
 def test_a_start_that_goes_back_is_the_last_one(tmp_path: Path) -> None:
     job = Starts(tmp_path)
     assert job.start(10) == "requeued"
@@ -126,7 +146,10 @@ def test_a_start_that_goes_back_is_the_last_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("noted", "message"),
-    [("", "holds '', which is no iteration: "), (None, "Is a directory: SAVE may have checkpoints")],
+    [
+        ("", "holds '', which is no iteration: "),
+        (None, "Is a directory: SAVE may have checkpoints"),
+    ],
 )
 def test_a_note_of_the_newest_checkpoint_that_cannot_be_read_is_not_taken_for_none(
     noted: str | None, message: str, tmp_path: Path
