@@ -211,11 +211,13 @@ make_command() {
         local minutes=$((($3 - WARNING_SECONDS / 2) / 60))
         flags+=(--exit-duration-in-mins "$((minutes > 0 ? minutes : 1))")
     fi
+    # How long nodes wait for the first one's store: the one is c10d's (60 s by default), the other static's.
+    local wait="read_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
     COMMAND=(
         "$PYTHON" -m torch.distributed.run
         --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE"
         --rdzv-backend "$RDZV_BACKEND" --rdzv-endpoint "$1" --rdzv-id "$2"
-        --rdzv-conf "join_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
+        --rdzv-conf "join_timeout=$RDZV_SECONDS,$wait"
         -m megatron_flashoptim.run --device "$DEVICE" --finished "$FINISHED"
         "$SCRIPT" "@$ARGS_FILE" ${OPTIMIZER:+--optimizer "$OPTIMIZER"}
         --save "$SAVE" ${SAVE_INTERVAL:+--save-interval "$SAVE_INTERVAL"} --load "$load"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,20 @@ def _test(tmp_path: Path, arguments: str = "", **variables: object) -> tuple[str
     )
     assert done.returncode == (2 if done.stderr else 0)
     return (done.stdout.splitlines() or [""])[-1], done.stderr
+
+
+def test_nodes_wait_for_the_first_ones_store_as_long_as_for_each_other(tmp_path: Path) -> None:
+    """torch's c10d store has a timeout of its own, of a minute if none is given."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+
+    command, _ = _test(tmp_path, RDZV_SECONDS=321)
+    words = shlex.split(command)
+    given = _parse_rendezvous_config(words[words.index("--rdzv-conf") + 1])
+    _, store = create_backend(RendezvousParameters("c10d", "localhost:0", "id", 1, 1, **given))
+    assert store.timeout.total_seconds() == 321
+    assert given["join_timeout"] == given["timeout"] == "321"
 
 
 def test_first_arguments_are_given_while_there_is_no_checkpoint(tmp_path: Path) -> None:
