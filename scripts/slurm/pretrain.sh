@@ -94,7 +94,9 @@ those in configs/"
     check_choice RANK_LOGS yes no
     if [ "$DEVICE" = cpu ]; then GPU_REQUEST=; fi
     [ -f "$ARGS_FILE" ] || die "ARGS_FILE='$ARGS_FILE': no such file"
-    [ -z "$LOAD" ] || [ -d "$LOAD" ] || die "LOAD='$LOAD': no such folder"
+    # Once it has done its part it may be gone.
+    [ -z "$LOAD" ] || [ -d "$LOAD" ] || [ -n "$(newest_checkpoint)" ] ||
+        die "LOAD='$LOAD': no such folder"
     [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
     check_python
     check_newest
@@ -203,6 +205,7 @@ make_command() {
         once=("${ONCE_ARGS[@]}")
         if [ -n "$LOAD" ]; then
             load="$LOAD"
+            mounted+=("$LOAD")
             flags+=(--exit-on-missing-checkpoint)
         fi
     fi
@@ -223,7 +226,6 @@ make_command() {
         --save "$SAVE" ${SAVE_INTERVAL:+--save-interval "$SAVE_INTERVAL"} --load "$load"
         --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}" "${once[@]}"
     )
-    if [ -n "$LOAD" ]; then mounted+=("$LOAD"); fi
     if [ "$RANK_LOGS" = yes ]; then mounted+=("$LOGS"); fi
     container_options CUDA_DEVICE_MAX_CONNECTIONS,OMP_NUM_THREADS "${mounted[@]}"
     # Each line with the number of its node in front.

@@ -193,8 +193,10 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _test(tmp_path: Path, arguments: str = "", **variables: object) -> tuple[str, str]:
-    """Return the command of each node that --test shows, and the error."""
+def _test(
+    tmp_path: Path, arguments: str = "", whole: bool = False, **variables: object
+) -> tuple[str, str]:
+    """Return the command of each node that --test shows, or all that it shows, and the error."""
     file = tmp_path / "model.args"
     file.write_text(f"--optimizer adam --save-interval 1\n{arguments}\n")
     settings = {"SAVE": tmp_path / "run", "ARGS_FILE": file, "PYTHON": sys.executable, **variables}
@@ -205,7 +207,7 @@ def _test(tmp_path: Path, arguments: str = "", **variables: object) -> tuple[str
         text=True,
     )
     assert done.returncode == (2 if done.stderr else 0)
-    return (done.stdout.splitlines() or [""])[-1], done.stderr
+    return done.stdout if whole else (done.stdout.splitlines() or [""])[-1], done.stderr
 
 
 def test_nodes_wait_for_the_first_ones_store_as_long_as_for_each_other(tmp_path: Path) -> None:
@@ -237,6 +239,18 @@ def test_first_arguments_are_given_while_there_is_no_checkpoint(tmp_path: Path) 
     assert not error
     assert f"--load {tmp_path}/run " in command
     assert command.endswith(f" 237 {always}")
+
+
+def test_a_training_goes_on_without_the_folder_that_it_began_from(tmp_path: Path) -> None:
+    load = _folder(tmp_path / "adam")
+    variables = {"LOAD": load, "CONTAINER": "image.sqsh"}
+    assert f"--load {load} " in _test(tmp_path, **variables)[0]
+    load.rmdir()
+    assert f"error: LOAD='{load}': no such folder" in _test(tmp_path, **variables)[1]
+    _folder(tmp_path / "run").joinpath("latest_checkpointed_iteration.txt").write_text("4\n")
+    shown, error = _test(tmp_path, whole=True, **variables)
+    assert not error and f"--load {tmp_path}/run " in shown
+    assert f"{load}:{load}" not in shown, "pyxis mounts no folder that is missing"
 
 
 OPEN = "line 2: a quote is not closed, or a backslash ends the line"
