@@ -132,14 +132,20 @@ bash -c '. $REPO/scripts/environment.sh && ensure_environment', or set CONTAINER
     fi
 }
 
-# prepare_environment: what the job's processes inherit.
-prepare_environment() {
+# in_environment COMMAND...: become a command, in the environment that SETUP makes. In a shell of its own:
+# what SETUP sets, and that it fails, is not to reach what decides on another start.
+in_environment() {
     if [ -n "$SETUP" ]; then
+        # shellcheck disable=SC2154 # set in the trap
+        trap 'code=$?; say "SETUP ended the start, with exit code $code"; exit $((code > 0 ? code : 1))' EXIT
+        set -e
         set +u # scripts of module systems use variables that may not be set
         # shellcheck source=/dev/null
         source "$SETUP"
         set -u
+        trap - EXIT
     fi
+    exec "$@"
 }
 
 # container_options VARIABLES PATH...: leave in the array CONTAINER_OPTIONS what srun takes for pyxis.

@@ -249,13 +249,15 @@ run_job() {
     left="$(slurm_seconds "$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)")" || left=
     : "${RDZV_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
     make_command "$RDZV_HOST:$RDZV_PORT" "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$left"
-    prepare_environment
     if [ "$RANK_LOGS" = yes ]; then
         export RANK_LOGS_FOLDER="$LOGS/ranks-$SLURM_JOB_ID-$((${SLURM_RESTART_COUNT:-0} + 1))"
     fi
     say "on $SLURM_JOB_NODELIST, from ${before:+iteration }${before:-the beginning}"
     show "${STEP[@]}" "${COMMAND[@]}"
-    run_to_its_end "${STEP[@]}" "${COMMAND[@]}" || code=$?
+    set +e # within "||" it would not stop SETUP either
+    run_to_its_end in_environment "${STEP[@]}" "${COMMAND[@]}"
+    code=$?
+    set -e
     after="$(newest_checkpoint)"
     if [ -e "$FINISHED" ]; then
         rm -f "$FINISHED" "$TRIES"

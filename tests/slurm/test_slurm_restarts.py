@@ -136,6 +136,24 @@ def test_slurm_is_asked_again_while_it_does_not_answer(tmp_path: Path) -> None:
     assert job.requeues() == 1
 
 
+def test_setup_decides_nothing_but_the_environment_of_the_training(tmp_path: Path) -> None:
+    setup = tmp_path / "setup.sh"
+    job = Starts(tmp_path, SETUP=setup, RETRIES=9)
+    setup.write_text("code=0; before=99; after=x; left=y; export SAVED=7; echo $NOT_SET\n")
+    assert job.start() == "requeued"
+    assert (
+        "start 1: ended before training did, with exit code 1; saved are 7" in job.log.read_text()
+    )
+    # What it loads may be missing on one node, at one time.
+    for line, code in (("false", 1), ("[ -f /no ] && . /no", 1), ("exit 3", 3), ("exit", 0)):
+        setup.write_text(f"{line}\n")
+        assert job.start(code=code) == "requeued"
+        assert f"start {job.count}: SETUP ended the start, with exit code {code}\n" in (
+            job.log.read_text()
+        )
+    assert job.requeues() == 5
+
+
 def test_a_start_that_goes_back_is_the_last_one(tmp_path: Path) -> None:
     job = Starts(tmp_path)
     assert job.start(10) == "requeued"
