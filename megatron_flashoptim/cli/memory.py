@@ -171,19 +171,33 @@ def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> RankBytes:
     )
 
 
+def _largest(size: RunSize, variant: Variant) -> StageSize:
+    """Return the stage that an optimizer takes most bytes on; that is not always the one with most
+    parameters, as those of experts are shared by fewer ranks."""
+    return max(size.stages, key=lambda stage: rank_bytes(size, stage, variant).all)
+
+
 def render_run(size: RunSize) -> str:
-    """Return the table for Megatron's arguments, of the stage with the most parameters."""
-    stage = max(size.stages, key=lambda each: each.parameters)
+    """Return the table for Megatron's arguments, of the stage that takes most bytes."""
+    shown = variants(size.weight_bytes, size.grad_bytes, size.optimizer)
+    bits = f"{FlashOptimConfig().master_bits}-bit"
+    stage = _largest(size, next((each for each in shown if bits in each.name), shown[-1]))
     title = (
         f"{stage.parameters:,} parameters on a rank of pipeline stage {stage.stage} of "
         f"{len(size.stages)}, data-parallel size {size.data_parallel_size}, "
         f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients"
     )
-    rows = [
-        (variant, rank_bytes(size, stage, variant), "")
-        for variant in variants(size.weight_bytes, size.grad_bytes, size.optimizer)
-    ]
-    notes = []
+    rows, notes = [], []
+    elsewhere: dict[int, list[str]] = {}
+    for variant in shown:
+        found = rank_bytes(size, stage, variant)
+        largest = _largest(size, variant)
+        if rank_bytes(size, largest, variant).all > found.all:
+            elsewhere.setdefault(largest.stage, []).append(variant.name)
+            found = rank_bytes(size, largest, variant)
+        rows.append((variant, found, ""))
+    for number, names in elsewhere.items():
+        notes.append(f"on a rank of stage {number}, where it takes more: {'; '.join(names)}")
     if stage.flash_buffer > stage.stock_buffer:
         notes.append(
             f"{size.optimizer}: buffers are padded by {stage.flash_buffer - stage.stock_buffer:,} "

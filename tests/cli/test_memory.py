@@ -74,6 +74,31 @@ def test_padding_and_released_gradients_are_explained(megatron: None) -> None:
     assert _figures(table)[flash][:2] == ["2,048", "2,048"] and "flash_lion: " not in table
 
 
+def test_the_stage_is_the_one_that_takes_most_not_the_one_with_most_parameters(
+    megatron: None,
+) -> None:
+    """Experts are shared by fewer ranks than the rest: theirs is the most state."""
+    from megatron_flashoptim.cli.memory import render_run
+    from megatron_flashoptim.megatron.memory.planner import RunSize, StageSize
+
+    def planned(buffer: int, owned: int) -> str:
+        dense = StageSize(0, 1000, 1000, 1000, 100, 100, 1000)
+        experts = StageSize(1, buffer, buffer, buffer, owned, owned, buffer)
+        return render_run(RunSize((dense, experts), 2, 4, 8, "flash_adamw"))
+
+    adam, flash = "adam (fp32 master and moments)", "flash_adamw, 24-bit masters"
+    table = planned(950, 950)
+    assert table.startswith("950 parameters on a rank of pipeline stage 1 of 2, ")
+    assert _figures(table)[adam][:3] == ["1,900", "3,800", "11,400"]
+    assert "where it takes more" not in table
+    # Of Adam's state there is more, so that it takes most on another stage.
+    table = planned(800, 400)
+    assert table.startswith("1,000 parameters on a rank of pipeline stage 0 of 2, ")
+    assert _figures(table)[adam][:3] == ["1,600", "3,200", "4,800"]
+    assert _figures(table)[flash][:2] == ["2,000", "4,000"]
+    assert f"\non a rank of stage 1, where it takes more: {adam}; precision-aware, fp32" in table
+
+
 @pytest.mark.parametrize(
     ("given", "shown"),
     [("8B", "8,000,000,000"), ("1.3b", "1,300,000,000"), ("124M", "124,000,000"), ("8e9", "8,000")],
