@@ -32,6 +32,7 @@ class Variant:
         state: bytes per owned element.
         grad_copy: bytes per owned element of an fp32 copy of bf16 gradients.
         checkpoint: bytes per parameter on disk, weights included; None where it is not known.
+        needs_sharing: whether there is none without ``--use-distributed-optimizer``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Variant:
     state: float
     grad_copy: float = 0.0
     checkpoint: float | None = None
+    needs_sharing: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ def variants(weight_bytes: int, grad_bytes: int, optimizer: str | None = None) -
         optimizer: name of a flash optimizer, by default all of them.
     """
     if weight_bytes == 4:
-        rows = [Variant("adam (fp32 moments)", False, 8.0)]
+        rows = [Variant("adam (fp32 moments)", False, 8.0, needs_sharing=False)]
     else:
         copy = 4.0 if grad_bytes == 2 else 0.0
-        rows = [Variant("adam (fp32 master and moments)", False, 12.0, copy, 14.0)]
+        name = "adam (fp32 master and moments)"
+        rows = [Variant(name, False, 12.0, copy, 14.0, needs_sharing=False)]
         for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 4.0)):
             rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for names, rule in flash_optimizers(optimizer):
@@ -157,6 +160,10 @@ def render(
 
 def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> RankBytes:
     """Return bytes on the first rank of a pipeline stage."""
+    if not size.distributed and not variant.needs_sharing:
+        owned = float(stage.parameters)
+        sizes = (size.weight_bytes, size.grad_bytes, variant.state, variant.grad_copy)
+        return RankBytes(*(owned * each for each in sizes))
     buffer = stage.flash_buffer if variant.flash else stage.stock_buffer
     owned = stage.flash_shard if variant.flash else stage.owned
     gradients = buffer
@@ -198,6 +205,11 @@ def render_run(size: RunSize) -> str:
         rows.append((variant, found, ""))
     for number, names in elsewhere.items():
         notes.append(f"on a rank of stage {number}, where it takes more: {'; '.join(names)}")
+    if not size.distributed:
+        notes.append(
+            "adam: all state on each rank, as the arguments are without "
+            "--use-distributed-optimizer; the others need it, and share theirs"
+        )
     if stage.flash_buffer > stage.stock_buffer:
         notes.append(
             f"{size.optimizer}: buffers are padded by {stage.flash_buffer - stage.stock_buffer:,} "
