@@ -237,9 +237,27 @@ make_command() {
     )
 }
 
+# take_folder: note in SAVE that this job trains into it; end where another one does, as the two would
+# write over each other's checkpoints. The note is a link, which is made with its content at once.
+take_folder() {
+    local other state
+    OWNER="$SAVE/.job"
+    if ln -s "$SLURM_JOB_ID" "$OWNER" 2>/dev/null; then return; fi
+    other="$(readlink "$OWNER")" || other="$SLURM_JOB_ID" # links cannot be made there
+    if [ "$other" = "$SLURM_JOB_ID" ]; then return; fi
+    # One that has ended is not known for long; one that waits will find this one's note.
+    state="$(squeue --noheader --job "$other" --format %T 2>/dev/null)" || state=
+    case "$state" in RUNNING | SUSPENDED)
+        die "SAVE='$SAVE': job $other is $state and trains into it; cancel one of the two jobs"
+        ;;
+    esac
+    ln -sfn "$SLURM_JOB_ID" "$OWNER"
+}
+
 run_job() {
     local before after left written code=0
     mkdir -p "$SAVE" "$LOGS"
+    take_folder
     FINISHED="$SAVE/.finished-$SLURM_JOB_ID"
     rm -f "$FINISHED"
     TRIES="$LOGS/.retries-$SLURM_JOB_ID"
@@ -260,7 +278,7 @@ run_job() {
     set -e
     after="$(newest_checkpoint)"
     if [ -e "$FINISHED" ]; then
-        rm -f "$FINISHED" "$TRIES"
+        rm -f "$FINISHED" "$TRIES" "$OWNER"
         if [ "$code" != 0 ]; then say "exit code $code, after the end of the training"; fi
         say "finished${after:+; the last checkpoint is that of iteration $after}"
         exit

@@ -136,6 +136,20 @@ def test_slurm_is_asked_again_while_it_does_not_answer(tmp_path: Path) -> None:
     assert job.requeues() == 1
 
 
+def test_two_jobs_do_not_train_into_one_folder(tmp_path: Path) -> None:
+    job = Starts(tmp_path)
+    assert job.start(10) == job.start(20) == "requeued"
+    refused = f"SAVE='{job.save}': job 7 is RUNNING and trains into it; cancel one of the two jobs"
+    assert job.start(30, code=2, SLURM_JOB_ID="8") == f"pretrain.sh: error: {refused}"
+    note = job.save / "latest_checkpointed_iteration.txt"
+    assert note.read_text() == "20\n" and job.requeues() == 2
+    # The other one has ended, or waits; then that one is refused.
+    assert job.start(30, STATE="PENDING") == "left to Slurm: the job is PENDING"
+    last = job.start(40, code=2, SLURM_JOB_ID="7", STATE="RUNNING")
+    assert last.endswith("job 8 is RUNNING and trains into it; cancel one of the two jobs")
+    assert note.read_text() == "30\n"
+
+
 def test_setup_decides_nothing_but_the_environment_of_the_training(tmp_path: Path) -> None:
     setup = tmp_path / "setup.sh"
     job = Starts(tmp_path, SETUP=setup, RETRIES=9)
