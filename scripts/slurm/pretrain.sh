@@ -238,20 +238,28 @@ make_command() {
 }
 
 # take_folder: note in SAVE that this job trains into it; end where another one does, as the two would
-# write over each other's checkpoints. The note is a link, which is made with its content at once.
+# write over each other's checkpoints. The note appears with its content at once, under a second name.
 take_folder() {
-    local other state
+    local other state mine="$SAVE/.job-$SLURM_JOB_ID"
     OWNER="$SAVE/.job"
-    if ln -s "$SLURM_JOB_ID" "$OWNER" 2>/dev/null; then return; fi
-    other="$(readlink "$OWNER")" || other="$SLURM_JOB_ID" # links cannot be made there
-    if [ "$other" = "$SLURM_JOB_ID" ]; then return; fi
-    # One that has ended is not known for long; one that waits will find this one's note.
-    state="$(squeue --noheader --job "$other" --format %T 2>/dev/null)" || state=
-    case "$state" in RUNNING | SUSPENDED)
-        die "SAVE='$SAVE': job $other is $state and trains into it; cancel one of the two jobs"
-        ;;
-    esac
-    ln -sfn "$SLURM_JOB_ID" "$OWNER"
+    echo "$SLURM_JOB_ID" >"$mine"
+    if ! ln "$mine" "$OWNER" 2>/dev/null; then
+        other="$(cat "$OWNER" 2>/dev/null)" || other=
+        state=
+        if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ]; then
+            # One that has ended is not known for long; one that waits will find this one's note.
+            state="$(squeue --noheader --job "$other" --format %T 2>/dev/null)" || state=
+        fi
+        case "$state" in RUNNING | SUSPENDED)
+            rm -f "$mine"
+            die "SAVE='$SAVE': job $other is $state and trains into it; cancel one of the two jobs"
+            ;;
+        esac
+        # Not by mv, which leaves two names of one file as they are.
+        rm -f "$OWNER"
+        ln "$mine" "$OWNER" 2>/dev/null || cp "$mine" "$OWNER"
+    fi
+    rm -f "$mine"
 }
 
 run_job() {

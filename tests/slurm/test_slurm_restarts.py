@@ -148,6 +148,8 @@ def test_two_jobs_do_not_train_into_one_folder(tmp_path: Path) -> None:
     last = job.start(40, code=2, SLURM_JOB_ID="7", STATE="RUNNING")
     assert last.endswith("job 8 is RUNNING and trains into it; cancel one of the two jobs")
     assert note.read_text() == "30\n"
+    assert (job.save / ".job").read_text() == "8\n"
+    assert sorted(job.save.glob(".*")) == [job.save / ".job"]
 
 
 def test_setup_decides_nothing_but_the_environment_of_the_training(tmp_path: Path) -> None:
