@@ -32,6 +32,7 @@ class Variant:
         state: bytes per owned element.
         grad_copy: bytes per owned element of an fp32 copy of bf16 gradients.
         checkpoint: bytes per parameter on disk, weights included; None where it is not known.
+        needs_sharing: whether there is none without ``--use-distributed-optimizer``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Variant:
     state: float
     grad_copy: float = 0.0
     checkpoint: float | None = None
+    needs_sharing: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ def variants(weight_bytes: int, grad_bytes: int, optimizer: str | None = None) -
         optimizer: name of a flash optimizer, by default all of them.
     """
     if weight_bytes == 4:
-        rows = [Variant("adam (fp32 moments)", False, 8.0)]
+        rows = [Variant("adam (fp32 moments)", False, 8.0, needs_sharing=False)]
     else:
         copy = 4.0 if grad_bytes == 2 else 0.0
-        rows = [Variant("adam (fp32 master and moments)", False, 12.0, copy, 14.0)]
+        name = "adam (fp32 master and moments)"
+        rows = [Variant(name, False, 12.0, copy, 14.0, needs_sharing=False)]
         for dtype, moments in (("fp32", 8.0), ("bf16", 4.0), ("fp8", 4.0)):
             rows.append(Variant(f"precision-aware, {dtype} moments", False, 2 + moments))
     for names, rule in flash_optimizers(optimizer):
@@ -157,6 +160,10 @@ def render(
 
 def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> RankBytes:
     """Return bytes on the first rank of a pipeline stage."""
+    if not size.distributed and not variant.needs_sharing:
+        owned = float(stage.parameters)
+        sizes = (size.weight_bytes, size.grad_bytes, variant.state, variant.grad_copy)
+        return RankBytes(*(owned * each for each in sizes))
     buffer = stage.flash_buffer if variant.flash else stage.stock_buffer
     owned = stage.flash_shard if variant.flash else stage.owned
     gradients = buffer
@@ -171,19 +178,38 @@ def rank_bytes(size: RunSize, stage: StageSize, variant: Variant) -> RankBytes:
     )
 
 
+def _largest(size: RunSize, variant: Variant) -> StageSize:
+    """Return the stage that an optimizer takes most bytes on; that is not always the one with most
+    parameters, as those of experts are shared by fewer ranks."""
+    return max(size.stages, key=lambda stage: rank_bytes(size, stage, variant).all)
+
+
 def render_run(size: RunSize) -> str:
-    """Return the table for Megatron's arguments, of the stage with the most parameters."""
-    stage = max(size.stages, key=lambda each: each.parameters)
+    """Return the table for Megatron's arguments, of the stage that takes most bytes."""
+    shown = variants(size.weight_bytes, size.grad_bytes, size.optimizer)
+    bits = f"{FlashOptimConfig().master_bits}-bit"
+    stage = _largest(size, next((each for each in shown if bits in each.name), shown[-1]))
     title = (
         f"{stage.parameters:,} parameters on a rank of pipeline stage {stage.stage} of "
         f"{len(size.stages)}, data-parallel size {size.data_parallel_size}, "
         f"{8 * size.weight_bytes}-bit weights, {8 * size.grad_bytes}-bit gradients"
     )
-    rows = [
-        (variant, rank_bytes(size, stage, variant), "")
-        for variant in variants(size.weight_bytes, size.grad_bytes, size.optimizer)
-    ]
-    notes = []
+    rows, notes = [], []
+    elsewhere: dict[int, list[str]] = {}
+    for variant in shown:
+        found = rank_bytes(size, stage, variant)
+        largest = _largest(size, variant)
+        if rank_bytes(size, largest, variant).all > found.all:
+            elsewhere.setdefault(largest.stage, []).append(variant.name)
+            found = rank_bytes(size, largest, variant)
+        rows.append((variant, found, ""))
+    for number, names in elsewhere.items():
+        notes.append(f"on a rank of stage {number}, where it takes more: {'; '.join(names)}")
+    if not size.distributed:
+        notes.append(
+            "adam: all state on each rank, as the arguments are without "
+            "--use-distributed-optimizer; the others need it, and share theirs"
+        )
     if stage.flash_buffer > stage.stock_buffer:
         notes.append(
             f"{size.optimizer}: buffers are padded by {stage.flash_buffer - stage.stock_buffer:,} "

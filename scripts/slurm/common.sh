@@ -132,14 +132,20 @@ bash -c '. $REPO/scripts/environment.sh && ensure_environment', or set CONTAINER
     fi
 }
 
-# prepare_environment: what the job's processes inherit.
-prepare_environment() {
+# in_environment COMMAND...: become a command, in the environment that SETUP makes. In a shell of its own:
+# what SETUP sets, and that it fails, is not to reach what decides on another start.
+in_environment() {
     if [ -n "$SETUP" ]; then
+        # shellcheck disable=SC2154 # set in the trap
+        trap 'code=$?; say "SETUP ended the start, with exit code $code"; exit $((code > 0 ? code : 1))' EXIT
+        set -e
         set +u # scripts of module systems use variables that may not be set
         # shellcheck source=/dev/null
         source "$SETUP"
         set -u
+        trap - EXIT
     fi
+    exec "$@"
 }
 
 # container_options VARIABLES PATH...: leave in the array CONTAINER_OPTIONS what srun takes for pyxis.
@@ -211,6 +217,16 @@ run_to_its_end() {
     done
 }
 
+# ask_slurm COMMAND...: run a command of Slurm's, again while it fails: a controller that restarts, or is
+# busy with other jobs of a preemption, does not answer for minutes. The signals are ignored by then.
+ask_slurm() {
+    local tries=20
+    until "$@"; do
+        if ((--tries == 0)); then return 1; fi
+        sleep 30
+    done
+}
+
 # may_requeue: whether another start is for this script to decide on; says why not.
 may_requeue() {
     local state
@@ -219,8 +235,10 @@ may_requeue() {
         return 1
     fi
     # A cancelled job must stay cancelled, and one that Slurm requeues is no longer running.
-    state="$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" || state=unknown
-    if [ "$state" != RUNNING ]; then
+    if ! state="$(ask_slurm squeue --noheader --job "$SLURM_JOB_ID" --format %T)"; then
+        say "not requeued: Slurm did not answer for ten minutes"
+        return 1
+    elif [ "$state" != RUNNING ]; then
         say "left to Slurm: the job is $state"
         return 1
     fi
@@ -230,5 +248,5 @@ may_requeue() {
 requeue_job() {
     may_requeue || return 0
     say "requeued"
-    scontrol requeue "$SLURM_JOB_ID"
+    ask_slurm scontrol requeue "$SLURM_JOB_ID" || say "not requeued: scontrol failed for ten minutes"
 }

@@ -96,11 +96,13 @@ files_written() {
 run_job() {
     local files code=0
     mkdir -p "$DST"
-    prepare_environment
     files="$(files_written)"
     say "on $SLURM_JOB_NODELIST"
     show "${COMMAND[@]}"
-    run_to_its_end "${COMMAND[@]}" || code=$?
+    set +e # within "||" it would not stop SETUP either
+    run_to_its_end in_environment "${COMMAND[@]}"
+    code=$?
+    set -e
     if [ "$code" = 0 ]; then
         say "finished"
         exit

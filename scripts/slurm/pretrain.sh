@@ -94,9 +94,12 @@ those in configs/"
     check_choice RANK_LOGS yes no
     if [ "$DEVICE" = cpu ]; then GPU_REQUEST=; fi
     [ -f "$ARGS_FILE" ] || die "ARGS_FILE='$ARGS_FILE': no such file"
-    [ -z "$LOAD" ] || [ -d "$LOAD" ] || die "LOAD='$LOAD': no such folder"
+    # Once it has done its part it may be gone.
+    [ -z "$LOAD" ] || [ -d "$LOAD" ] || [ -n "$(newest_checkpoint)" ] ||
+        die "LOAD='$LOAD': no such folder"
     [ -z "$SETUP" ] || [ -f "$SETUP" ] || die "SETUP='$SETUP': no such file"
     check_python
+    check_newest
     [ -n "$CONTAINER" ] || [ -f "$SCRIPT" ] || die "SCRIPT='$SCRIPT': no such file"
     LIMIT_SECONDS="$(slurm_seconds "$TIME")" ||
         die "TIME='$TIME': give minutes, hours:minutes:seconds or days-hours"
@@ -177,6 +180,20 @@ newest_checkpoint() {
     cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || true
 }
 
+# check_newest: there is no such note, or it names a checkpoint. A node that failed while Megatron wrote
+# it may leave it empty, and a disk may not answer: the start would take LOAD and begin again, over
+# the checkpoints that are there.
+check_newest() {
+    local note="$SAVE/latest_checkpointed_iteration.txt" found
+    if ! found="$(LC_ALL=C cat -- "$note" 2>&1)"; then
+        [[ "$found" == *": No such file or directory" ]] || die "${found#cat: }: SAVE may have \
+checkpoints, and the training would begin again beside them"
+    elif ! [[ "$found" =~ ^[[:space:]]*([0-9]+|release)[[:space:]]*$ ]]; then
+        die "$note holds '$found', which is no iteration: writing it was cut off. Write the number of \
+the newest whole checkpoint in SAVE into it"
+    fi
+}
+
 # make_command FIRST_NODE:PORT ID SECONDS_LEFT: leave in COMMAND what runs on each node, and in
 # STEP the srun that starts it there. No limit: SECONDS_LEFT is empty.
 make_command() {
@@ -188,6 +205,7 @@ make_command() {
         once=("${ONCE_ARGS[@]}")
         if [ -n "$LOAD" ]; then
             load="$LOAD"
+            mounted+=("$LOAD")
             flags+=(--exit-on-missing-checkpoint)
         fi
     fi
@@ -196,17 +214,18 @@ make_command() {
         local minutes=$((($3 - WARNING_SECONDS / 2) / 60))
         flags+=(--exit-duration-in-mins "$((minutes > 0 ? minutes : 1))")
     fi
+    # How long nodes wait for the first one's store: the one is c10d's (60 s by default), the other static's.
+    local wait="read_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
     COMMAND=(
         "$PYTHON" -m torch.distributed.run
         --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE"
         --rdzv-backend "$RDZV_BACKEND" --rdzv-endpoint "$1" --rdzv-id "$2"
-        --rdzv-conf "join_timeout=$RDZV_SECONDS,timeout=$RDZV_SECONDS"
+        --rdzv-conf "join_timeout=$RDZV_SECONDS,$wait"
         -m megatron_flashoptim.run --device "$DEVICE" --finished "$FINISHED"
         "$SCRIPT" "@$ARGS_FILE" ${OPTIMIZER:+--optimizer "$OPTIMIZER"}
         --save "$SAVE" ${SAVE_INTERVAL:+--save-interval "$SAVE_INTERVAL"} --load "$load"
         --exit-signal-handler "${flags[@]}" "${MORE_ARGS[@]}" "${once[@]}"
     )
-    if [ -n "$LOAD" ]; then mounted+=("$LOAD"); fi
     if [ "$RANK_LOGS" = yes ]; then mounted+=("$LOGS"); fi
     container_options CUDA_DEVICE_MAX_CONNECTIONS,OMP_NUM_THREADS "${mounted[@]}"
     # Each line with the number of its node in front.
@@ -218,9 +237,35 @@ make_command() {
     )
 }
 
+# take_folder: note in SAVE that this job trains into it; end where another one does, as the two would
+# write over each other's checkpoints. The note appears with its content at once, under a second name.
+take_folder() {
+    local other state mine="$SAVE/.job-$SLURM_JOB_ID"
+    OWNER="$SAVE/.job"
+    echo "$SLURM_JOB_ID" >"$mine"
+    if ! ln "$mine" "$OWNER" 2>/dev/null; then
+        other="$(cat "$OWNER" 2>/dev/null)" || other=
+        state=
+        if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ]; then
+            # One that has ended is not known for long; one that waits will find this one's note.
+            state="$(squeue --noheader --job "$other" --format %T 2>/dev/null)" || state=
+        fi
+        case "$state" in RUNNING | SUSPENDED)
+            rm -f "$mine"
+            die "SAVE='$SAVE': job $other is $state and trains into it; cancel one of the two jobs"
+            ;;
+        esac
+        # Not by mv, which leaves two names of one file as they are.
+        rm -f "$OWNER"
+        ln "$mine" "$OWNER" 2>/dev/null || cp "$mine" "$OWNER"
+    fi
+    rm -f "$mine"
+}
+
 run_job() {
     local before after left written code=0
     mkdir -p "$SAVE" "$LOGS"
+    take_folder
     FINISHED="$SAVE/.finished-$SLURM_JOB_ID"
     rm -f "$FINISHED"
     TRIES="$LOGS/.retries-$SLURM_JOB_ID"
@@ -230,16 +275,18 @@ run_job() {
     left="$(slurm_seconds "$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)")" || left=
     : "${RDZV_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
     make_command "$RDZV_HOST:$RDZV_PORT" "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$left"
-    prepare_environment
     if [ "$RANK_LOGS" = yes ]; then
         export RANK_LOGS_FOLDER="$LOGS/ranks-$SLURM_JOB_ID-$((${SLURM_RESTART_COUNT:-0} + 1))"
     fi
     say "on $SLURM_JOB_NODELIST, from ${before:+iteration }${before:-the beginning}"
     show "${STEP[@]}" "${COMMAND[@]}"
-    run_to_its_end "${STEP[@]}" "${COMMAND[@]}" || code=$?
+    set +e # within "||" it would not stop SETUP either
+    run_to_its_end in_environment "${STEP[@]}" "${COMMAND[@]}"
+    code=$?
+    set -e
     after="$(newest_checkpoint)"
     if [ -e "$FINISHED" ]; then
-        rm -f "$FINISHED" "$TRIES"
+        rm -f "$FINISHED" "$TRIES" "$OWNER"
         if [ "$code" != 0 ]; then say "exit code $code, after the end of the training"; fi
         say "finished${after:+; the last checkpoint is that of iteration $after}"
         exit

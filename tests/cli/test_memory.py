@@ -74,6 +74,48 @@ def test_padding_and_released_gradients_are_explained(megatron: None) -> None:
     assert _figures(table)[flash][:2] == ["2,048", "2,048"] and "flash_lion: " not in table
 
 
+def test_the_stage_is_the_one_that_takes_most_not_the_one_with_most_parameters(
+    megatron: None,
+) -> None:
+    """Experts are shared by fewer ranks than the rest: theirs is the most state."""
+    from megatron_flashoptim.cli.memory import render_run
+    from megatron_flashoptim.megatron.memory.planner import RunSize, StageSize
+
+    def planned(buffer: int, owned: int) -> str:
+        dense = StageSize(0, 1000, 1000, 1000, 100, 100, 1000)
+        experts = StageSize(1, buffer, buffer, buffer, owned, owned, buffer)
+        return render_run(RunSize((dense, experts), 2, 4, 8, "flash_adamw"))
+
+    adam, flash = "adam (fp32 master and moments)", "flash_adamw, 24-bit masters"
+    table = planned(950, 950)
+    assert table.startswith("950 parameters on a rank of pipeline stage 1 of 2, ")
+    assert _figures(table)[adam][:3] == ["1,900", "3,800", "11,400"]
+    assert "where it takes more" not in table
+    # Of Adam's state there is more, so that it takes most on another stage.
+    table = planned(800, 400)
+    assert table.startswith("1,000 parameters on a rank of pipeline stage 0 of 2, ")
+    assert _figures(table)[adam][:3] == ["1,600", "3,200", "4,800"]
+    assert _figures(table)[flash][:2] == ["2,000", "4,000"]
+    assert f"\non a rank of stage 1, where it takes more: {adam}; precision-aware, fp32" in table
+
+
+def test_adam_without_the_distributed_optimizer_keeps_all_state_on_each_rank(
+    megatron: None,
+) -> None:
+    from megatron_flashoptim.cli.memory import render_run
+    from megatron_flashoptim.megatron.memory.planner import RunSize, StageSize
+
+    stage = StageSize(0, 1000, 1024, 1024, 125, 128, 1024)
+    for distributed, of_adam in ((True, "1,500"), (False, "12,000")):
+        run_size = RunSize((stage,), 2, 4, 8, "flash_adamw", distributed=distributed)
+        table = render_run(run_size)
+        assert _figures(table)["adam (fp32 master and moments)"][2] == of_adam
+        assert _figures(table)["precision-aware, fp32 moments"][2] == "1,250"
+        assert ("adam: all state on each rank, as the arguments" in table) != distributed
+    masters = _figures(render_run(RunSize((stage,), 4, 4, 8, "flash_adamw", distributed=False)))
+    assert masters["adam (fp32 moments)"][:3] == ["4,000", "4,000", "8,000"]
+
+
 @pytest.mark.parametrize(
     ("given", "shown"),
     [("8B", "8,000,000,000"), ("1.3b", "1,300,000,000"), ("124M", "124,000,000"), ("8e9", "8,000")],
@@ -154,6 +196,15 @@ def test_console_script_plans_a_run_and_says_nothing_of_its_imports() -> None:
         assert (weights, grads) == (2 * parameters, 4 * parameters)
         # Beside it flash keeps a table of a fraction of a byte per group.
         assert 0 <= found - state * parameters / 2 < 0.002 * parameters, name
+
+
+def test_console_script_plans_adam_as_its_arguments_have_it() -> None:
+    without = [word for word in GPT if word != "--use-distributed-optimizer"]
+    done = run_installed("memory", "--gpus", "2", *without, "--optimizer", "adam")
+    parameters = int(done.stdout.split()[0].replace(",", ""))
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("adam ("))
+    sizes = [int(cell.replace(",", "")) for cell in row.rsplit(maxsplit=5)[1:4]]
+    assert sizes == [2 * parameters, 4 * parameters, 12 * parameters]
 
 
 def test_console_script_says_an_error_of_megatron_in_one_line() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,17 @@ from megatron_flashoptim.cli.argument_files import read_arguments
 _COMMANDS = {
     # srun runs what each node would, node.sh, and squeue answers questions for time and state.
     "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
-    "squeue": 'if [ "${!#}" = %T ]; then echo "$STATE"; else echo 1:00:00; fi',
-    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>"$REQUEUED"; fi',
+    "squeue": """
+        if [ "${!#}" != %T ]; then echo 1:00:00; exit; fi
+        if [ -n "${FAILS:-}" ]; then echo >>"$FAILS"; [ "$(wc -l <"$FAILS")" -gt "$MOST" ]; fi
+        echo "$STATE"
+    """,
+    "scontrol": """
+        if [ "$1" = show ]; then echo 127.0.0.1; exit; fi
+        if [ -n "${FAILS:-}" ]; then echo >>"$FAILS"; [ "$(wc -l <"$FAILS")" -gt "$MORE" ]; fi
+        echo "$*" >>"$REQUEUED"
+    """,
+    "sleep": "",
     "training": """
         if [ -n "$SAVED" ]; then echo "$SAVED" >"$SAVE/latest_checkpointed_iteration.txt"; fi
         if [ "$CODE" = finished ]; then touch "$SAVE/.finished-$SLURM_JOB_ID"; exit 0; fi
@@ -43,7 +53,7 @@ class Starts:
         bin_folder.mkdir()
         for name, lines in _COMMANDS.items():
             command = bin_folder / name
-            command.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+            command.write_text(f"#!/usr/bin/env bash\nset -e\n{lines}\n")
             command.chmod(0o755)
         arguments = folder / "model.args"
         arguments.write_text("--optimizer adam --save-interval 1  # not --finetune\n")
@@ -115,6 +125,51 @@ def test_starts_that_slurm_ends_are_no_tries(tmp_path: Path) -> None:
     assert job.start(code=0) == "not requeued: no checkpoint since this start, and RETRIES=0"
 
 
+def test_slurm_is_asked_again_while_it_does_not_answer(tmp_path: Path) -> None:
+    job = Starts(tmp_path, FAILS=tmp_path / "asked", MOST=5, MORE=8)
+    assert job.start(10) == "requeued" and job.requeues() == 1
+    assert (tmp_path / "asked").read_text().count("\n") == 9, "five and two failed"
+    for saved, most, told in ((20, "99", "Slurm did not answer"), (30, "0", "scontrol failed")):
+        (tmp_path / "asked").unlink()
+        last = job.start(saved, MOST=most, MORE="99")
+        assert last == f"not requeued: {told} for ten minutes"
+    assert job.requeues() == 1
+
+
+def test_two_jobs_do_not_train_into_one_folder(tmp_path: Path) -> None:
+    job = Starts(tmp_path)
+    assert job.start(10) == job.start(20) == "requeued"
+    refused = f"SAVE='{job.save}': job 7 is RUNNING and trains into it; cancel one of the two jobs"
+    assert job.start(30, code=2, SLURM_JOB_ID="8") == f"pretrain.sh: error: {refused}"
+    note = job.save / "latest_checkpointed_iteration.txt"
+    assert note.read_text() == "20\n" and job.requeues() == 2
+    # The other one has ended, or waits; then that one is refused.
+    assert job.start(30, STATE="PENDING") == "left to Slurm: the job is PENDING"
+    last = job.start(40, code=2, SLURM_JOB_ID="7", STATE="RUNNING")
+    assert last.endswith("job 8 is RUNNING and trains into it; cancel one of the two jobs")
+    assert note.read_text() == "30\n"
+    assert (job.save / ".job").read_text() == "8\n"
+    assert sorted(job.save.glob(".*")) == [job.save / ".job"]
+
+
+def test_setup_decides_nothing_but_the_environment_of_the_training(tmp_path: Path) -> None:
+    setup = tmp_path / "setup.sh"
+    job = Starts(tmp_path, SETUP=setup, RETRIES=9)
+    setup.write_text("code=0; before=99; after=x; left=y; export SAVED=7; echo $NOT_SET\n")
+    assert job.start() == "requeued"
+    assert (
+        "start 1: ended before training did, with exit code 1; saved are 7" in job.log.read_text()
+    )
+    # What it loads may be missing on one node, at one time.
+    for line, code in (("false", 1), ("[ -f /no ] && . /no", 1), ("exit 3", 3), ("exit", 0)):
+        setup.write_text(f"{line}\n")
+        assert job.start(code=code) == "requeued"
+        assert f"start {job.count}: SETUP ended the start, with exit code {code}\n" in (
+            job.log.read_text()
+        )
+    assert job.requeues() == 5
+
+
 def test_a_start_that_goes_back_is_the_last_one(tmp_path: Path) -> None:
     job = Starts(tmp_path)
     assert job.start(10) == "requeued"
@@ -122,6 +177,35 @@ def test_a_start_that_goes_back_is_the_last_one(tmp_path: Path) -> None:
     assert job.start(9) == told + "iteration 9"
     job = Starts(_folder(tmp_path / "release"), RETRIES=0)
     assert job.start("release") == job.start(1) == "requeued", "iteration 0 to Megatron"
+
+
+@pytest.mark.parametrize(
+    ("noted", "message"),
+    [
+        ("", "holds '', which is no iteration: "),
+        (None, "Is a directory: SAVE may have checkpoints"),
+    ],
+)
+def test_a_note_of_the_newest_checkpoint_that_cannot_be_read_is_not_taken_for_none(
+    noted: str | None, message: str, tmp_path: Path
+) -> None:
+    note = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    first = {"LOAD": tmp_path, "FIRST_ARGS": "--finetune"}
+    job = Starts(tmp_path, **first)
+    assert job.start(5000) == "requeued"
+    note.unlink()
+    if noted is None:
+        note.mkdir()
+    else:
+        note.write_text(noted)  # the node failed while it was written
+    command, error = _test(tmp_path, **first)
+    assert not command and error.count("\n") == 1 and message in error
+    assert message in job.start(code=2)
+    assert job.requeues() == 1
+    for works in ("5000", "release\n"):
+        if noted is not None:
+            note.write_text(works)
+            assert f"--load {note.parent} " in _test(tmp_path, **first)[0]
 
 
 def test_wrong_arguments_end_the_job_at_once(tmp_path: Path) -> None:
@@ -143,8 +227,10 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _test(tmp_path: Path, arguments: str = "", **variables: object) -> tuple[str, str]:
-    """Return the command of each node that --test shows, and the error."""
+def _test(
+    tmp_path: Path, arguments: str = "", whole: bool = False, **variables: object
+) -> tuple[str, str]:
+    """Return the command of each node that --test shows, or all that it shows, and the error."""
     file = tmp_path / "model.args"
     file.write_text(f"--optimizer adam --save-interval 1\n{arguments}\n")
     settings = {"SAVE": tmp_path / "run", "ARGS_FILE": file, "PYTHON": sys.executable, **variables}
@@ -155,7 +241,21 @@ def _test(tmp_path: Path, arguments: str = "", **variables: object) -> tuple[str
         text=True,
     )
     assert done.returncode == (2 if done.stderr else 0)
-    return (done.stdout.splitlines() or [""])[-1], done.stderr
+    return done.stdout if whole else (done.stdout.splitlines() or [""])[-1], done.stderr
+
+
+def test_nodes_wait_for_the_first_ones_store_as_long_as_for_each_other(tmp_path: Path) -> None:
+    """torch's c10d store has a timeout of its own, of a minute if none is given."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+
+    command, _ = _test(tmp_path, RDZV_SECONDS=321)
+    words = shlex.split(command)
+    given = _parse_rendezvous_config(words[words.index("--rdzv-conf") + 1])
+    _, store = create_backend(RendezvousParameters("c10d", "localhost:0", "id", 1, 1, **given))
+    assert store.timeout.total_seconds() == 321
+    assert given["join_timeout"] == given["timeout"] == "321"
 
 
 def test_first_arguments_are_given_while_there_is_no_checkpoint(tmp_path: Path) -> None:
@@ -173,6 +273,18 @@ def test_first_arguments_are_given_while_there_is_no_checkpoint(tmp_path: Path) 
     assert not error
     assert f"--load {tmp_path}/run " in command
     assert command.endswith(f" 237 {always}")
+
+
+def test_a_training_goes_on_without_the_folder_that_it_began_from(tmp_path: Path) -> None:
+    load = _folder(tmp_path / "adam")
+    variables = {"LOAD": load, "CONTAINER": "image.sqsh"}
+    assert f"--load {load} " in _test(tmp_path, **variables)[0]
+    load.rmdir()
+    assert f"error: LOAD='{load}': no such folder" in _test(tmp_path, **variables)[1]
+    _folder(tmp_path / "run").joinpath("latest_checkpointed_iteration.txt").write_text("4\n")
+    shown, error = _test(tmp_path, whole=True, **variables)
+    assert not error and f"--load {tmp_path}/run " in shown
+    assert f"{load}:{load}" not in shown, "pyxis mounts no folder that is missing"
 
 
 OPEN = "line 2: a quote is not closed, or a backslash ends the line"

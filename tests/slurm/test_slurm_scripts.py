@@ -60,7 +60,8 @@ def test_pretraining_shows_what_it_would_run(args_file: Path, tmp_path: Path) ->
     expected = (
         f"{sys.executable} -m torch.distributed.run --nnodes 3 --nproc-per-node 8 "
         "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT --rdzv-id JOB_ID-RESTART_COUNT "
-        "--rdzv-conf join_timeout=900\\,timeout=900 -m megatron_flashoptim.run --device cuda "
+        "--rdzv-conf join_timeout=900\\,read_timeout=900\\,timeout=900 "
+        "-m megatron_flashoptim.run --device cuda "
         f"--finished {save}/.finished-JOB_ID {ROOT}/scripts/pretrain_gpt.py "
         f"@{args_file} --save {save} --load {save} "
         "--exit-signal-handler --exit-duration-in-mins 237 --train-iters 8 "

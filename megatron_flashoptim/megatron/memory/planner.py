@@ -61,6 +61,7 @@ class RunSize:
         optimizer: the flash optimizer that the arguments name, or that stands in for Adam.
         release_slots: buckets that have memory for gradients with gradient release; 0 without.
         activations: bytes that Megatron estimates for them on a rank of the first stage, or 0.
+        distributed: with ``--use-distributed-optimizer``; without, Adam's state is not shared.
     """
 
     stages: tuple[StageSize, ...]
@@ -70,6 +71,7 @@ class RunSize:
     optimizer: str
     release_slots: int = 0
     activations: float = 0.0
+    distributed: bool = True
 
 
 def plan(arguments: Sequence[str], world_size: int) -> RunSize:
@@ -153,6 +155,7 @@ def _run_size(args: Any) -> RunSize:
         optimizer=getattr(args, FIELD) or FlashOptimConfig().optimizer,
         release_slots=args.flash_release_slots if args.flash_gradient_release else 0,
         activations=activation_bytes(args),
+        distributed=args.use_distributed_optimizer,
     )
 
 
