@@ -4,8 +4,8 @@ Bound are ``add_megatron_arguments`` (choices and flags), the training loop's
 ``get_megatron_optimizer``, what decides where buckets end (shards of whole quantization groups),
 ``DistributedOptimizer.__init__`` (refuses to be plain Adam where a flash optimizer was asked for),
 ``_ParamAndGradBuffer.__init__`` (allocates no gradients with ``--flash-gradient-release``),
-``dist_checkpointing.load`` (names damaged files), the training loop's ``calc_params_l2_norm`` (sums
-in fp32) and the bytes in Megatron's theoretical memory figures. All
+``dist_checkpointing.load`` and ``load_common_state_dict`` (name damaged files), the training loop's
+``calc_params_l2_norm`` (sums in fp32) and the bytes in Megatron's theoretical memory figures. All
 do what Megatron does unless ``--optimizer`` names a flash optimizer;
 ``--report-theoretical-memory`` prints those figures for any optimizer. ``DistributedOptimizer`` in
 ``megatron.core.optimizer`` is bound too, but only while a flash optimizer is being built
@@ -204,6 +204,19 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def _wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_common_state_dict(checkpoint_dir: Any) -> Any:
+        if selected() is None:
+            return original(checkpoint_dir)
+        from megatron_flashoptim.checkpoint.folder import told_of_damage
+
+        # From 0.19 on it is in the first rank's file, and read before anything else.
+        with told_of_damage(str(checkpoint_dir)):
+            return original(checkpoint_dir)
+
+    return load_common_state_dict
+
+
 def _wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(self: Any, state_dict: Any) -> None:
         if settle := getattr(self.optimizer, "settle_schedule", None):
@@ -253,6 +266,7 @@ BINDINGS = (
     ),
     _BUFFER,
     Binding("megatron.core.dist_checkpointing", "load", wrap_load),
+    Binding("megatron.core.dist_checkpointing", "load_common_state_dict", _wrap_load_common),
     Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),
     Binding(
         "megatron.training.theoretical_memory_usage",

@@ -232,18 +232,36 @@ def copy_of_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_file_is_named_on_every_rank(damage: str, copy_of_checkpoint: Path) -> None:
-    (file,) = (copy_of_checkpoint / "iter_0000001").glob("__1_*.distcp")
+def test_damaged_file_is_named_on_every_rank(
+    damage: str, rank: int, copy_of_checkpoint: Path
+) -> None:
+    """Rank 0's holds what Megatron reads first, from 0.19 on."""
+    (file,) = (copy_of_checkpoint / "iter_0000001").glob(f"__{rank}_*.distcp")
     size = file.stat().st_size
     if damage == "missing":
         file.unlink()
     else:
-        os.truncate(file, size - 1)
-    what = "is missing" if damage == "missing" else f"has {size - 1} of {size} bytes"
+        os.truncate(file, 100)
+    what = "is missing" if damage == "missing" else f"has 100 of {size} bytes"
     for message in run_ranks(2, _error, copy_of_checkpoint, FULL):
         assert message.startswith("ValueError") and f"{file.name} {what}" in message
         assert "--ckpt-step" in message
+
+
+@pytest.mark.parametrize("kept", [None, 100])
+def test_damaged_metadata_is_named_on_every_rank(
+    kept: int | None, copy_of_checkpoint: Path
+) -> None:
+    file = copy_of_checkpoint / "iter_0000001" / ".metadata"
+    if kept is None:
+        file.unlink()
+    else:
+        os.truncate(file, kept)
+    what = "has no .metadata: it is no torch_dist" if kept is None else f"{file} cannot be read"
+    for message in run_ranks(2, _error, copy_of_checkpoint, FULL):
+        assert message.startswith("ValueError") and what in message
 
 
 def _verdict(folder: Path) -> str:

@@ -150,6 +150,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "use --optimizer flash_sgd",
     ),
     "--optimizer flash_sgd --sgd-momentum 0": ("--sgd-momentum must be above 0", "got 0.0"),
+    "--optimizer flash_lion --lion-beta1 1.2": ("--lion-beta1 must be 0 or above", "got 1.2"),
+    "--optimizer flash_lion --lion-beta2 1": ("--lion-beta2 must be 0 or above", "got 1.0"),
+    "--optimizer flash_adam --adam-beta1 nan": ("--adam-beta1 must be 0 or above", "got nan"),
+    "--optimizer flash_adamw --adam-beta2 1.0": ("--adam-beta2 must be 0 or above", "got 1.0"),
+    "--optimizer flash_adamw --adam-eps=-1e-8": ("--adam-eps must be 0 or above", "got -1e-08"),
     "--optimizer flash_lion --no-decoupled-weight-decay": (
         "--optimizer flash_lion cannot be used with --no-decoupled-weight-decay",
         "flash_adam or flash_sgd",

@@ -6,6 +6,7 @@
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,13 @@ from megatron_flashoptim.codec import rounding, spec
 from megatron_flashoptim.codec.rounding import fma_fp32
 from megatron_flashoptim.kernels import codec
 from megatron_flashoptim.kernels.arithmetic import fma, reciprocal, square_root
-from megatron_flashoptim.optim.rules.rule import EXP_AVG, EXP_AVG_SQ, Rule, Scalar
+from megatron_flashoptim.optim.rules.rule import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    Rule,
+    Scalar,
+    check_decay_rates,
+)
 
 # In the order in which ``columns`` returns them.
 STEP_SIZE = tl.constexpr(0)
@@ -35,8 +42,17 @@ ZERO = tl.constexpr(spec.STEP_EXP_AVG_SQ_ZERO)
 
 
 def options(config: Any, flash: Any) -> dict[str, Any]:
-    """Return ``betas`` and ``eps`` by Megatron's ``--adam-*``."""
-    return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    """Return ``betas`` and ``eps`` by Megatron's ``--adam-*``.
+
+    Raises:
+        ValueError: a decay rate of 1 or above, or a negative value.
+    """
+    if not 0.0 <= config.adam_eps < math.inf:
+        raise ValueError(f"--adam-eps must be 0 or above; got {config.adam_eps}")
+    return {
+        "betas": check_decay_rates(config, "adam_beta1", "adam_beta2"),
+        "eps": config.adam_eps,
+    }
 
 
 def columns(group: Mapping[str, Any], step: Scalar) -> Sequence[Scalar]:

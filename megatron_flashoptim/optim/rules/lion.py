@@ -15,7 +15,7 @@ import triton.language as tl
 from megatron_flashoptim.codec.rounding import fma_fp32
 from megatron_flashoptim.kernels import codec
 from megatron_flashoptim.kernels.arithmetic import fma
-from megatron_flashoptim.optim.rules.rule import EXP_AVG, Rule, Scalar
+from megatron_flashoptim.optim.rules.rule import EXP_AVG, Rule, Scalar, check_decay_rates
 
 # In the order in which ``columns`` returns them.
 LR = tl.constexpr(0)
@@ -27,8 +27,12 @@ REST2 = tl.constexpr(5)
 
 
 def options(config: Any, flash: Any) -> dict[str, Any]:
-    """Return ``betas`` by Megatron's ``--lion-*``."""
-    return {"betas": (config.lion_beta1, config.lion_beta2)}
+    """Return ``betas`` by Megatron's ``--lion-*``.
+
+    Raises:
+        ValueError: a decay rate with which the moment grows, or takes nothing of a gradient.
+    """
+    return {"betas": check_decay_rates(config, "lion_beta1", "lion_beta2")}
 
 
 def columns(group: Mapping[str, Any], step: Scalar) -> Sequence[Scalar]:

@@ -21,6 +21,21 @@ EXP_AVG_SQ = "exp_avg_sq"
 Scalar = Any
 
 
+def check_decay_rates(config: Any, *names: str) -> tuple[float, ...]:
+    """Return decay rates of moments, by their names in Megatron's ``OptimizerConfig``.
+
+    Raises:
+        ValueError: one at which the moment grows, or takes nothing of a gradient.
+    """
+    rates = tuple(getattr(config, name) for name in names)
+    for name, rate in zip(names, rates, strict=True):
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be 0 or above, and below 1; got {rate}"
+            )
+    return rates
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule.
