@@ -66,8 +66,9 @@ FUSED_LOSS = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "nat
 WITHOUT_MASK = ("--no-create-attention-mask-in-dataloader",)
 # A tenth of AdamW's rate with ten times its decay, as Lion's authors advise (arXiv 2302.06675).
 LION = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
-# The same sums in another order: how far apart do runs end that differ in rounding alone?
-ACCUMULATED = ("--micro-batch-size", "32")
+# Adam with two micro-batches where the others have one, the same sums in another order: how far
+# apart do runs end that differ in rounding alone?
+ACCUMULATED = "adam, accumulated"
 # A third of the tokens of a and b.
 SHORTER = ("--micro-batch-size", "32", "--global-batch-size", "32", "--train-iters", "1000")
 
@@ -100,7 +101,7 @@ EXPERIMENTS = {
             "adam": ADAM,
             "flash_adamw, stochastic": (*FLASH_ADAMW, "--flash-rounding", "stochastic"),
             "flash_adamw, nearest": (*FLASH_ADAMW, "--flash-rounding", "nearest"),
-            "adam, accumulated": (*ADAM, *ACCUMULATED),
+            ACCUMULATED: ADAM,
         },
     ),
     "c": Experiment("8 experts, 133M", MOE, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
@@ -243,12 +244,20 @@ def all_runs(options: argparse.Namespace, setup: Setup) -> list[Run]:
                     *("--seed", str(seed)),
                     *options.megatron,
                 )
+                if optimizer == ACCUMULATED:
+                    arguments = (*arguments, "--micro-batch-size", _half_a_micro_batch(arguments))
                 made_from = [arguments, corpus["text_sha256"], source_digest(), where]
                 digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
                 name = optimizer.replace(", ", "-")
                 folder = options.output / "runs" / f"{letter}-{name}-{seed}-{digest[:8]}"
                 runs.append(Run(letter, optimizer, seed, folder, arguments))
     return runs
+
+
+def _half_a_micro_batch(arguments: tuple[str, ...]) -> str:
+    """Return half of what is given last, which is what Megatron takes."""
+    last = max(i for i, argument in enumerate(arguments) if argument == "--micro-batch-size")
+    return str(int(arguments[last + 1]) // 2)
 
 
 def _of_device(device: str, *, has_experts: bool) -> tuple[str, ...]:

@@ -202,6 +202,17 @@ def test_another_device_or_package_begins_anew(
         assert not folders & {run.folder for run in quality.all_runs(options, changed)}
 
 
+def test_accumulation_is_of_half_the_micro_batches_of_the_others(text_corpus: Path) -> None:
+    """Also where another size is given behind ``--``, and of the last that is given."""
+    setup = quality.choose_setup(argparse.Namespace(device="cpu", ranks=1))
+    for given, halved in ((), "32"), (("--", "--micro-batch-size", "6"), "3"):
+        options = quality.parse(["--corpus", str(text_corpus), "--only", "b", *given])
+        runs = {run.optimizer: run for run in quality.all_runs(options, setup) if run.seed == 2}
+        adam, accumulated = (runs[name].arguments for name in ("adam", quality.ACCUMULATED))
+        assert accumulated == (*adam, "--micro-batch-size", halved)
+        assert runs["adam"].folder != runs[quality.ACCUMULATED].folder
+
+
 def _row(optimizer: str, seed: int, final: float) -> dict[str, object]:
     row = quality_report.Row("a", optimizer, seed, 20, {20: final}, [3.0], [1.0], 5.0, 0)
     return vars(row)
