@@ -266,6 +266,9 @@ _VALIDATE = install.Binding(
 _AROUND = (
     install.Binding("megatron.core.dist_checkpointing", "load", install.wrap_load),
     install.Binding(
+        "megatron.core.dist_checkpointing", "load_common_state_dict", install.wrap_load_common
+    ),
+    install.Binding(
         "megatron.bridge.training.train", "calc_params_l2_norm", install.wrap_params_norm
     ),
     install.Binding(

@@ -29,6 +29,7 @@ __all__ = [
     "norms_for_main_params",
     "selected",
     "weight_and_optimizer_bytes",
+    "wrap_load_common",
 ]
 
 # For ``DistributedDataParallelConfig.shard_alignment``: no group is shared by two shards.
@@ -135,6 +136,20 @@ def before_load(sharded_state_dict: Any, checkpoint_dir: str) -> None:
 
     check_files_together(checkpoint_dir, partial(warn_of_other_rows, sharded_state_dict))
     tell_folder(sharded_state_dict, checkpoint_dir)
+
+
+def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``dist_checkpointing.load_common_state_dict`` that names damaged files.
+
+    From 0.19 on the common state is in the first rank's file, and read before anything else.
+    """
+    from megatron_flashoptim.checkpoint.folder import told_of_damage
+
+    def load_common_state_dict(checkpoint_dir: Any) -> Any:
+        with told_of_damage(str(checkpoint_dir)):
+            return original(checkpoint_dir)
+
+    return load_common_state_dict
 
 
 def weight_and_optimizer_bytes(

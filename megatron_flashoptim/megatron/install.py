@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_flashoptim.megatron import versions
+from megatron_flashoptim.megatron import hooks, versions
 from megatron_flashoptim.megatron.hooks import before_load, plain_adam, selected
 
 logger = logging.getLogger(__name__)
@@ -204,15 +204,12 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def _wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_common_state_dict(checkpoint_dir: Any) -> Any:
-        if selected() is None:
-            return original(checkpoint_dir)
-        from megatron_flashoptim.checkpoint.folder import told_of_damage
+def wrap_load_common(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``dist_checkpointing.load_common_state_dict`` that names damaged files."""
+    named = hooks.wrap_load_common(original)
 
-        # From 0.19 on it is in the first rank's file, and read before anything else.
-        with told_of_damage(str(checkpoint_dir)):
-            return original(checkpoint_dir)
+    def load_common_state_dict(checkpoint_dir: Any) -> Any:
+        return (original if selected() is None else named)(checkpoint_dir)
 
     return load_common_state_dict
 
@@ -266,7 +263,7 @@ BINDINGS = (
     ),
     _BUFFER,
     Binding("megatron.core.dist_checkpointing", "load", wrap_load),
-    Binding("megatron.core.dist_checkpointing", "load_common_state_dict", _wrap_load_common),
+    Binding("megatron.core.dist_checkpointing", "load_common_state_dict", wrap_load_common),
     Binding("megatron.training.training", "calc_params_l2_norm", wrap_params_norm),
     Binding(
         "megatron.training.theoretical_memory_usage",

@@ -154,7 +154,7 @@ REFUSED_WITH_CUDA_GRAPH = (
     Refused(
         "grad_norm_skip_threshold",
         math.isfinite,
-        "--grad-norm-skip-threshold",
+        "OptimizerConfig.grad_norm_skip_threshold",
         "whether to skip a step is decided on the host; drop one of the two",
     ),
     Refused(

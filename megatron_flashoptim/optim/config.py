@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from megatron_flashoptim.codec import spec
@@ -73,6 +74,8 @@ class FlashOptimConfig:
         _check_choice("--flash-exp-avg-sq-code", self.exp_avg_sq_code, spec.EXP_AVG_SQ_CODES)
         _check_choice("--flash-rounding", self.rounding, ROUNDING_POLICIES)
         _check_choice("--flash-master-rounding", self.master_rounding, spec.ROUNDINGS)
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), field.default)
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         refusal = fields_refusal(self.optimizer, changed)
         if refusal is not None:
@@ -152,6 +155,18 @@ def config_of(args: Mapping[str, Any]) -> FlashOptimConfig:
     """Return the configuration that parsed arguments hold, the inverse of ``arguments``."""
     given = {name.removeprefix("flash_"): args[name] for name in arguments(None)}
     return FlashOptimConfig(**given, seed=args["seed"])
+
+
+def _check_type(name: str, value: Any, default: object) -> None:
+    """Refuse what no flag could give; names have choices, which say what they are."""
+    kinds: dict[type, tuple[type, str]] = {
+        bool: (bool, "True or False"),
+        int: (Integral, "a whole number"),
+        float: (Real, "a number"),
+    }
+    kind, words = kinds.get(type(default), (object, ""))
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and words):
+        raise ValueError(f"FlashOptimConfig.{name} must be {words}; got {value!r}")
 
 
 def _check_choice(flag: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -457,7 +457,9 @@ def _build_refusals() -> dict[str, str]:
     found = {
         "--overlap-grad-reduce": build(ddp={}),
         "--clip-grad above 0": build(optimizer={"clip_grad": 1.0}),
-        "--grad-norm-skip-threshold": build(optimizer={"grad_norm_skip_threshold": 5.0}),
+        "OptimizerConfig.grad_norm_skip_threshold": build(
+            optimizer={"grad_norm_skip_threshold": 5.0}
+        ),
         "--flash-bucket-clip-grad": build({"bucket_clip_grad": 1.0}, optimizer={"clip_grad": 1.0}),
         "averaged over tensor-parallel": build(prepare_model=averaged),
     }

@@ -33,6 +33,30 @@ def test_a_value_that_is_not_a_choice_is_refused_by_flag_choices_and_value(
         FlashOptimConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("master_bits", 24.0, "a whole number"),
+        ("release_slots", 2.5, "a whole number"),
+        ("seed", "1", "a whole number"),
+        ("seed", True, "a whole number"),
+        ("early_param_gather", "no", "True or False"),
+        ("gradient_release", 1, "True or False"),
+        ("bucket_clip_grad", "1", "a number"),
+        ("bucket_clip_grad", True, "a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field: str, value: Any, what: str) -> None:
+    """In code, or in a recipe's file, where no parser looks."""
+    message = re.escape(f"FlashOptimConfig.{field} must be {what}; got {value!r}")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        FlashOptimConfig(**{field: value})
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert FlashOptimConfig(bucket_clip_grad=1).bucket_clip_grad == 1
+
+
 def test_auto_is_no_rounding_of_masters() -> None:
     with pytest.raises(ValueError, match="--flash-master-rounding must be one of"):
         FlashOptimConfig(master_rounding="auto")  # type: ignore[arg-type]  # the bad value tested

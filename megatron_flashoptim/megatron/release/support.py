@@ -42,7 +42,7 @@ _LOSS_SCALE = Refused(
 _SKIP_THRESHOLD = Refused(
     "grad_norm_skip_threshold",
     math.isfinite,
-    "--grad-norm-skip-threshold",
+    "OptimizerConfig.grad_norm_skip_threshold",
     f"a step cannot be skipped by its norm when {_NOT_YET}; drop it",
 )
 _PIPELINE = Refused(
