@@ -237,7 +237,7 @@ may_requeue() {
     # A cancelled job must stay cancelled, and one that Slurm requeues is no longer running.
     if ! state="$(ask_slurm squeue --noheader --job "$SLURM_JOB_ID" --format %T)"; then
         say "not requeued: Slurm did not answer for ten minutes"
-        return 1
+        exit 1 # no end of a training that others may wait for
     elif [ "$state" != RUNNING ]; then
         say "left to Slurm: the job is $state"
         return 1
@@ -248,5 +248,7 @@ may_requeue() {
 requeue_job() {
     may_requeue || return 0
     say "requeued"
-    ask_slurm scontrol requeue "$SLURM_JOB_ID" || say "not requeued: scontrol failed for ten minutes"
+    ask_slurm scontrol requeue "$SLURM_JOB_ID" && return
+    say "not requeued: scontrol failed for ten minutes"
+    exit 1 # no end of a training that others may wait for
 }

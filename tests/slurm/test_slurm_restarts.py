@@ -131,7 +131,7 @@ def test_slurm_is_asked_again_while_it_does_not_answer(tmp_path: Path) -> None:
     assert (tmp_path / "asked").read_text().count("\n") == 9, "five and two failed"
     for saved, most, told in ((20, "99", "Slurm did not answer"), (30, "0", "scontrol failed")):
         (tmp_path / "asked").unlink()
-        last = job.start(saved, MOST=most, MORE="99")
+        last = job.start(saved, code=0, MOST=most, MORE="99")  # stopped, and ended well
         assert last == f"not requeued: {told} for ten minutes"
     assert job.requeues() == 1
 
