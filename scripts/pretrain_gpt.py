@@ -13,6 +13,9 @@ tensors and the parameters it owns, summed over ranks.
 takes torch's optimizer, whose checkpoints it cannot load. With the flag it takes an exact fp32
 AdamW instead, as Transformer Engine's, whose checkpoints it can load. Where either is installed,
 the flag changes nothing.
+
+``--plain-lion`` is for ``--optimizer lion``, for which Megatron takes Adam's decay rates, and Adam
+itself for all but matrices. With the flag it takes Lion, with Lion's, for every parameter.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, training
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
+from plain_lion import use_as_megatrons_lion
 
 from megatron_flashoptim.megatron import versions
 from megatron_flashoptim.megatron.memory.live_memory import optimizer_bytes
@@ -50,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--resumable-adam",
         action="store_true",
         help="where Megatron would fall back to torch's Adam, take one whose checkpoints load",
+    )
+    parser.add_argument(
+        "--plain-lion",
+        action="store_true",
+        help="with --optimizer lion: Lion, with --lion-beta1 and --lion-beta2, for every parameter",
     )
     return parser
 
@@ -166,12 +175,16 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def watch_what_is_built() -> None:
-    """Take the resumable Adam if asked to, and keep what is built for the memory report."""
+    """Take the resumable Adam or plain Lion if asked to, and keep what is built for the memory report."""
     build = training.get_megatron_optimizer
 
     def build_and_remember(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
         if get_args().resumable_adam and optimizer_factory.USING_PYTORCH_OPTIMIZER:
             use_as_megatrons_adam()
+        if get_args().plain_lion:
+            if config.optimizer != "lion":
+                raise SystemExit("--plain-lion is for --optimizer lion; drop it")
+            use_as_megatrons_lion()
         optimizer = build(config, model_chunks, *args, **kwargs)
         _built.append((optimizer, model_chunks))
         return optimizer

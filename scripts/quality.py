@@ -16,7 +16,7 @@ scripts/quality_report.py.
 
 The table of experiments is EXPERIMENTS below. With Transformer Engine, layers and Adam are its own;
 without, Adam is ``--resumable-adam`` of scripts/pretrain_gpt.py. Lion is that of the package
-emerging-optimizers. What follows ``--`` is given to Megatron last, for a trial of something small.
+emerging-optimizers, by ``--plain-lion`` for every parameter. What follows ``--`` is given to Megatron last, for a trial of something small.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ FUSED_LOSS = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "nat
 # Its attention knows what causal is; a mask would be 64 MB of each batch that the host makes.
 WITHOUT_MASK = ("--no-create-attention-mask-in-dataloader",)
 # A tenth of AdamW's rate with ten times its decay, as Lion's authors advise (arXiv 2302.06675).
-LION = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
+LION_RATES = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
 # Adam with two micro-batches where the others have one, the same sums in another order: how far
 # apart do runs end that differ in rounding alone?
 ACCUMULATED = "adam, accumulated"
+# Adam for embeddings and norms, Lion with Adam's decay rates for the rest.
+STOCK_LION = "stock lion"
 # A third of the tokens of a and b.
 SHORTER = ("--micro-batch-size", "32", "--global-batch-size", "32", "--train-iters", "1000")
 
@@ -108,8 +110,12 @@ EXPERIMENTS = {
     "d": Experiment(
         "GPT-2 124M, Lion",
         GPT,
-        (*LION, *SHORTER),
-        {"lion": ("--optimizer", "lion"), "flash_lion": ("--optimizer", "flash_lion")},
+        (*LION_RATES, *SHORTER),
+        {
+            "lion": ("--optimizer", "lion", "--plain-lion"),
+            "flash_lion": ("--optimizer", "flash_lion"),
+            STOCK_LION: ("--optimizer", "lion"),
+        },
     ),
 }
 
@@ -248,7 +254,7 @@ def all_runs(options: argparse.Namespace, setup: Setup) -> list[Run]:
                     arguments = (*arguments, "--micro-batch-size", _half_a_micro_batch(arguments))
                 made_from = [arguments, corpus["text_sha256"], source_digest(), where]
                 digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-                name = optimizer.replace(", ", "-")
+                name = optimizer.replace(", ", "-").replace(" ", "-")
                 folder = options.output / "runs" / f"{letter}-{name}-{seed}-{digest[:8]}"
                 runs.append(Run(letter, optimizer, seed, folder, arguments))
     return runs
