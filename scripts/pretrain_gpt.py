@@ -175,7 +175,7 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def watch_what_is_built() -> None:
-    """Take the resumable Adam or plain Lion if asked to, and keep what is built for the memory report."""
+    """Take the resumable Adam or the plain Lion if asked to; keep what is built."""
     build = training.get_megatron_optimizer
 
     def build_and_remember(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,8 @@ scripts/quality_report.py.
 
 The table of experiments is EXPERIMENTS below. With Transformer Engine, layers and Adam are its own;
 without, Adam is ``--resumable-adam`` of scripts/pretrain_gpt.py. Lion is that of the package
-emerging-optimizers, by ``--plain-lion`` for every parameter. What follows ``--`` is given to Megatron last, for a trial of something small.
+emerging-optimizers: for every parameter (``--plain-lion``), and as Megatron has it, "stock lion".
+What follows ``--`` is given to Megatron last, for a trial of something small.
 """
 
 from __future__ import annotations
@@ -106,7 +107,12 @@ EXPERIMENTS = {
             ACCUMULATED: ADAM,
         },
     ),
-    "c": Experiment("8 experts, 133M", MOE, (), {"adam": ADAM, "flash_adamw": FLASH_ADAMW}),
+    "c": Experiment(
+        "8 experts, 133M",
+        MOE,
+        (),
+        {"adam": ADAM, "flash_adamw": FLASH_ADAMW, ACCUMULATED: ADAM},
+    ),
     "d": Experiment(
         "GPT-2 124M, Lion",
         GPT,

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from quickstart_runs import RunFailed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OTHER_COLOURS = ("#009E73", "#999999")
+OTHER_COLOURS = ("#009E73", "#999999", "#CC79A7", "#D55E00")
 # Iterations to one stored loss, and stored losses to one of the plot of differences.
 BLOCK, SMOOTHED = 10, 5
 
@@ -178,7 +179,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def _colours(optimizers: dict[str, list[Row]]) -> dict[str, str]:
-    return dict(zip(optimizers, (ADAM_COLOUR, FLASH_COLOUR, *OTHER_COLOURS), strict=False))
+    return dict(zip(optimizers, cycle((ADAM_COLOUR, FLASH_COLOUR, *OTHER_COLOURS)), strict=False))
 
 
 def _steps(losses: list[float]) -> list[int]:

@@ -269,8 +269,9 @@ def check_stock(content: dict[str, Any] | None, flash: FlashOptimConfig) -> None
     """
     if not holds_adam_state(flash.optimizer):
         raise ValueError(
-            f"the checkpoint was saved with Megatron's Adam, this run has {flash.optimizer}; the "
-            f"moments of one are not those of the other. {_from_zero(flash)}"
+            f"the checkpoint was saved with an optimizer of Megatron's own, such as Adam, this run "
+            f"has {flash.optimizer}; the moments of one are not those of the other. "
+            f"{_from_zero(flash)}"
         )
     sharding_type = (content or {}).get(SHARDING_TYPE)
     if sharding_type not in STOCK_SHARDING_TYPES:

@@ -32,6 +32,33 @@ def save(folder: Path, save_as: str, steps: int = 3, **options: Any) -> Any:
     return checkpoints.in_model_space(trainer), checkpoints.plain_groups(trainer)
 
 
+def save_not_distributed(folder: Path, steps: int, **optimizer: Any) -> dict[str, torch.Tensor]:
+    """Save what Megatron does without ``--use-distributed-optimizer``; returns the masters."""
+    import checkpoints
+    import tiny_gpt
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    off = {"use_distributed_optimizer": False}
+    trainer = tiny_gpt.build(
+        tiny_gpt.Setup(
+            flash=None, layers=1, ddp=off, optimizer=off | optimizer, foreign_layout=True
+        )
+    )
+    trainer.train(steps)
+    checkpoints.fork_queue_of_results()
+    metadata = {"chained_optim_avoid_prefix": True}
+    state = checkpoints.saved_state(trainer, metadata)
+    masters = {
+        saved.key: saved.data.clone()
+        for saved in nested_values(state["optimizer"])
+        if ".fp32_param." in getattr(saved, "key", "")
+    }
+    strategy = checkpoints.TorchDistSaveShardedStrategy()
+    dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
+    return masters
+
+
 def save_flattened(folder: Path, **options: Any) -> Any:
     """Save stock Adam's state as releases before 0.16 did by default; 0.19 cannot write it.
 

@@ -7,34 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from adam_checkpoints import save_not_distributed
 from ranks import run_ranks
 
 STEPS = 3
-
-
-def _save_not_distributed(folder: Path) -> dict[str, torch.Tensor]:
-    """Save what Megatron does without ``--use-distributed-optimizer``; returns the masters."""
-    import checkpoints
-    import tiny_gpt
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-
-    off = {"use_distributed_optimizer": False}
-    trainer = tiny_gpt.build(
-        tiny_gpt.Setup(flash=None, layers=1, ddp=off, optimizer=off, foreign_layout=True)
-    )
-    trainer.train(STEPS)
-    checkpoints.fork_queue_of_results()
-    metadata = {"chained_optim_avoid_prefix": True}
-    state = checkpoints.saved_state(trainer, metadata)
-    masters = {
-        saved.key: saved.data.clone()
-        for saved in nested_values(state["optimizer"])
-        if ".fp32_param." in getattr(saved, "key", "")
-    }
-    strategy = checkpoints.TorchDistSaveShardedStrategy()
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
-    return masters
 
 
 def test_adam_that_is_not_distributed_keeps_its_step_number(tmp_path: Path) -> None:
@@ -46,7 +22,7 @@ def test_adam_that_is_not_distributed_keeps_its_step_number(tmp_path: Path) -> N
 
     source = tmp_path / "adam"
     source.mkdir()
-    (masters,) = run_ranks(1, _save_not_distributed, source)
+    (masters,) = run_ranks(1, save_not_distributed, source, STEPS)
     assert masters
     folders = [source]
     for target in ("flash", "adam"):

@@ -144,7 +144,7 @@ def test_without_install_the_error_says_so(tmp_path: Path) -> None:
     # Rules with other moments than Adam's refuse it before that.
     lion = FlashOptimConfig(optimizer="flash_lion")
     (rank,) = run_ranks(1, load, tmp_path, layers=1, flash=lion)
-    assert "saved with Megatron's Adam, this run has flash_lion" in rank["error"]
+    assert "of Megatron's own, such as Adam, this run has flash_lion" in rank["error"]
     assert "convert --to flash --optimizer flash_lion" in rank["error"]
 
 

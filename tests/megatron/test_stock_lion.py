@@ -1,0 +1,111 @@
+"""flash_lion beside Lion in fp32, and beside Megatron's ``--optimizer lion``, which is another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adam_checkpoints import save_not_distributed
+from ranks import run_ranks
+from test_convert import _convert
+from test_convert_rules import _load_flash
+
+from megatron_flashoptim import FlashOptimConfig
+
+STEPS = 100
+# Lion's own, by Megatron's defaults, and Adam's.
+LION_BETAS, ADAM_BETAS = (0.95, 0.98), (0.9, 0.95)
+
+
+def _build(optimizer: str, lr: float = 3e-4) -> Any:
+    """Build with ``stock lion``, ``plain lion`` or ``flash_lion``."""
+    import tiny_gpt
+    from plain_lion import use_as_megatrons_lion
+
+    # The package compiles its update, for which a CPU rank would need a C++ compiler.
+    torch.compiler.set_stance("force_eager")
+    options: dict[str, Any] = {"lr": lr, "weight_decay": 1.0}
+    if optimizer == "flash_lion":
+        flash = FlashOptimConfig(optimizer="flash_lion")
+        return tiny_gpt.build(tiny_gpt.Setup(flash=flash, optimizer=options))
+    if optimizer == "plain lion":
+        use_as_megatrons_lion()
+    options |= {"optimizer": "lion", "use_distributed_optimizer": False}
+    ddp = {"use_distributed_optimizer": False}
+    return tiny_gpt.build(tiny_gpt.Setup(flash=None, optimizer=options, ddp=ddp))
+
+
+def _train(optimizer: str, lr: float = 3e-4) -> list[float]:
+    return _build(optimizer, lr).train(STEPS)
+
+
+def _who_has_what(optimizer: str) -> dict[str, list[tuple[str, tuple[float, float]]]]:
+    """Return the optimizer's class and betas for every parameter."""
+    trainer = _build(optimizer)
+    names = {param: name for name, param in trainer.model[0].named_parameters()}
+    found: dict[str, list[tuple[str, tuple[float, float]]]] = {}
+    for member in trainer.optimizer.chained_optimizers:
+        for groups, masters in zip(
+            member.float16_groups, member.fp32_from_float16_groups, strict=True
+        ):
+            for param, master in zip(groups, masters, strict=True):
+                for group in member.optimizer.param_groups:
+                    if any(master is other for other in group["params"]):
+                        kind = type(member.optimizer).__name__
+                        found.setdefault(names[param], []).append((kind, tuple(group["betas"])))
+    assert found.keys() == set(names.values())
+    return found
+
+
+def test_megatrons_lion_has_adams_betas_and_leaves_the_rest_to_adam() -> None:
+    """As docs/rules.md and docs/migration.md say; of a release that differs they must say so."""
+    (stock,) = run_ranks(1, _who_has_what, "stock lion")
+    for name, found in stock.items():
+        matrix = name.endswith(".weight") and "linear" in name
+        assert found == [("Lion", ADAM_BETAS) if matrix else ("AdamW", ADAM_BETAS)], name
+    (plain,) = run_ranks(1, _who_has_what, "plain lion")
+    assert set(map(tuple, plain.values())) == {(("Lion", LION_BETAS),)}
+
+
+def test_loss_follows_lion() -> None:
+    exact = run_ranks(2, _train, "plain lion")[0]
+    flash = run_ranks(2, _train, "flash_lion")[0]
+    stock = run_ranks(2, _train, "stock lion")[0]
+    # How far two exact runs part when their learning rates differ by 1 %, for scale.
+    nearby = run_ranks(2, _train, "plain lion", 3.03e-4)[0]
+    assert exact[-1] < 0.75 * exact[0], "the model must learn for this to mean anything"
+
+    def apart(losses: list[float]) -> float:
+        return sum(abs(a - b) / b for a, b in zip(losses, exact, strict=True)) / STEPS
+
+    print({"flash": apart(flash), "lr + 1 %": apart(nearby), "stock lion": apart(stock)})
+    assert apart(flash) <= 0.001 and apart(flash) < apart(nearby)
+    assert apart(stock) > 5 * apart(nearby)
+
+
+def _save_stock(folder: Path) -> dict[str, torch.Tensor]:
+    torch.compiler.set_stance("force_eager")
+    return save_not_distributed(folder, 2, optimizer="lion")
+
+
+def test_its_checkpoint_converts_with_masters_alone(tmp_path: Path) -> None:
+    """Its param groups say which optimizer each is given to; those of flash_lion do not."""
+    from checkpoints import joined
+
+    source = tmp_path / "stock"
+    source.mkdir()
+    (masters,) = run_ranks(1, _save_stock, source)
+    with pytest.raises(ValueError, match=r"has no exp_avg_sq of decoder.*not known here"):
+        _convert(source, tmp_path / "adamw", "flash")
+    _, folder = _convert(source, tmp_path / "lion", "flash", master_bits=32, optimizer="flash_lion")
+    flash = FlashOptimConfig(optimizer="flash_lion", master_bits=32)
+    ((fresh, state, groups, losses),) = run_ranks(1, _load_flash, folder, layers=1, flash=flash)
+    assert groups == [{**group, "lr": 1e-3, "step": 0} for group in fresh]
+    assert all(0 < loss < 7 for loss in losses)
+    found = joined([state])
+    for key, master in masters.items():
+        name = key.removeprefix("optimizer.state.fp32_param.")
+        assert torch.equal(found.pop(f"master.{name}").flatten(), master.flatten()), name
+    assert found and not any("master" in key or tensor.any() for key, tensor in found.items())
