@@ -1,6 +1,7 @@
 """Lion (arXiv 2302.06675), as Emerging-Optimizers' ``Lion`` with decoupled weight decay.
 
 ``w -= lr (sign(b1 m + (1 - b1) g) + wd w)``; ``m = b2 m + (1 - b2) g``. The sign of 0 is 0.
+Megatron's ``--optimizer lion`` is another optimizer: docs/rules.md.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -95,4 +96,6 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
+    # Megatron's ``--optimizer lion`` takes them for Lion's, from 0.18 on.
+    unread=("adam_beta1", "adam_beta2"),
 )
