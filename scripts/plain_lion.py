@@ -1,7 +1,7 @@
 """Lion for every parameter in stock Megatron, for flash_lion to be compared with.
 
 Megatron's ``--optimizer lion`` (0.18 and 0.19) is something else: the package emerging-optimizers'
-Lion for matrices, with Adam's decay rates (``--adam-beta1``, ``--adam-beta2``), and Adam for
+Lion for matrices, with Adam's decay rates (``--adam-beta1``, ``--adam-beta2``), and Adam for word
 embeddings, the output layer, norms and biases. ``use_as_megatrons_lion`` puts the same class, with
 ``--lion-beta1`` and ``--lion-beta2``, in charge of all of them.
 """

@@ -70,7 +70,7 @@ LION_RATES = ("--lr", "6e-5", "--min-lr", "6e-6", "--weight-decay", "1.0")
 # Adam with two micro-batches where the others have one, the same sums in another order: how far
 # apart do runs end that differ in rounding alone?
 ACCUMULATED = "adam, accumulated"
-# Adam for embeddings and norms, Lion with Adam's decay rates for the rest.
+# Adam for word embeddings and norms, Lion with Adam's decay rates for the rest.
 STOCK_LION = "stock lion"
 # A third of the tokens of a and b.
 SHORTER = ("--micro-batch-size", "32", "--global-batch-size", "32", "--train-iters", "1000")

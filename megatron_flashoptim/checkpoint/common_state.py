@@ -16,8 +16,6 @@ from megatron_flashoptim.optim.config import FlashOptimConfig, arguments
 from megatron_flashoptim.optim.rules import RULES, rule_of
 
 _EXPERTS = "is_expert_parallel"
-# Megatron's name of the optimizer that a group is given to, where several share the model.
-_OPTIMIZER = "optimizer"
 # What implementations of Adam keep in param groups beside Megatron's options: torch's AdamW and the
 # FusedAdam of Transformer Engine and Apex. The values are those of Megatron's own construction.
 _ADAM_OPTIONS: dict[str, Any] = {
@@ -52,7 +50,7 @@ def of_flash(
     if not keeps_moments:
         saved = metadata.optimizer_of(folder.flash)
         without |= _hyper_parameters(saved) | _hyper_parameters(flash.optimizer)
-        without.add(_OPTIMIZER)
+        without.add(param_groups.OPTIMIZER)
     groups = [
         {
             **{name: value for name, value in group.items() if name not in without},

@@ -18,6 +18,9 @@ _EXPERTS = "is_expert_parallel"
 SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
 # What may differ, in this order, where no group of the checkpoint is like one of the run.
 _MAY_DIFFER = ((), (_EXPERTS,), SCHEDULE, (_EXPERTS, *SCHEDULE))
+# Megatron's name of the optimizer that a group is given to, where several share the model: here one
+# steps all groups, whatever it was in the run that saved them.
+OPTIMIZER = "optimizer"
 # What a group of the run keeps when it takes over one of a checkpoint.
 OWN = ("params", _EXPERTS)
 # Megatron's name, in the state of the parameters, of the step number that all have.
@@ -184,7 +187,7 @@ def _named(group: Group, without: Sequence[str] = ()) -> dict[str, Any]:
     return {
         key: group.get(key, group.get(f"pre_{key}"))
         for key in dict.fromkeys((*param_group_identifier_keys, *SCHEDULE))
-        if key not in without
+        if key not in (*without, OPTIMIZER)
     }
 
 

@@ -119,6 +119,7 @@ class Recoding:
             )
         deviation.check_not_quantized(folder.common, folder.path)
         if self.target == ADAM and not repair:
+            self._check_kinds()  # another of Megatron's optimizers keeps some of it
             raise ValueError(
                 f"{folder.path} is a checkpoint of Megatron's Adam already; with --repair, --to "
                 "adam mends masters that are not those of the weights"

@@ -130,6 +130,8 @@ def _silence_imports() -> None:
     """Keep quiet about GPUs, ranks and packages that training needs and these commands do not."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # That GPTModel is deprecated, told where a package has set up logging before Megatron does.
+    logging.getLogger("megatron.core.models").setLevel(logging.ERROR)
     # That common.pt, in checkpoints of older releases, is old.
     logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
 

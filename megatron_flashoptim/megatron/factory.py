@@ -83,8 +83,8 @@ def _unread(member: FlashDistributedOptimizer) -> Iterator[str]:
     if given:
         has = ", ".join(f"{k}={v}" for k, v in rule.options(config, member.flash).items())
         yield (
-            f"{rule.name} has {has} and does not read {', '.join(given)}, as Megatron's "
-            f"--optimizer {rule.name.removeprefix('flash_')} does"
+            f"{rule.name} has {has} and does not read {', '.join(given)}, which Megatron's "
+            f"--optimizer {rule.name.removeprefix('flash_')} takes"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ STEPS = 100
 LION_BETAS, ADAM_BETAS = (0.95, 0.98), (0.9, 0.95)
 
 
-def _build(optimizer: str, lr: float = 3e-4) -> Any:
+def _build(optimizer: str, lr: float = 3e-4, **setup: Any) -> Any:
     """Build with ``stock lion``, ``plain lion`` or ``flash_lion``."""
     import tiny_gpt
     from plain_lion import use_as_megatrons_lion
@@ -30,12 +31,12 @@ def _build(optimizer: str, lr: float = 3e-4) -> Any:
     options: dict[str, Any] = {"lr": lr, "weight_decay": 1.0}
     if optimizer == "flash_lion":
         flash = FlashOptimConfig(optimizer="flash_lion")
-        return tiny_gpt.build(tiny_gpt.Setup(flash=flash, optimizer=options))
+        return tiny_gpt.build(tiny_gpt.Setup(flash=flash, optimizer=options, **setup))
     if optimizer == "plain lion":
         use_as_megatrons_lion()
     options |= {"optimizer": "lion", "use_distributed_optimizer": False}
     ddp = {"use_distributed_optimizer": False}
-    return tiny_gpt.build(tiny_gpt.Setup(flash=None, optimizer=options, ddp=ddp))
+    return tiny_gpt.build(tiny_gpt.Setup(flash=None, optimizer=options, ddp=ddp, **setup))
 
 
 def _train(optimizer: str, lr: float = 3e-4) -> list[float]:
@@ -44,7 +45,7 @@ def _train(optimizer: str, lr: float = 3e-4) -> list[float]:
 
 def _who_has_what(optimizer: str) -> dict[str, list[tuple[str, tuple[float, float]]]]:
     """Return the optimizer's class and betas for every parameter."""
-    trainer = _build(optimizer)
+    trainer = _build(optimizer, tied=False, positions="learned_absolute")
     names = {param: name for name, param in trainer.model[0].named_parameters()}
     found: dict[str, list[tuple[str, tuple[float, float]]]] = {}
     for member in trainer.optimizer.chained_optimizers:
@@ -63,9 +64,11 @@ def _who_has_what(optimizer: str) -> dict[str, list[tuple[str, tuple[float, floa
 def test_megatrons_lion_has_adams_betas_and_leaves_the_rest_to_adam() -> None:
     """As docs/rules.md and docs/migration.md say; of a release that differs they must say so."""
     (stock,) = run_ranks(1, _who_has_what, "stock lion")
+    lion = re.compile(r"linear_\w+\.weight|position_embeddings\.weight")
     for name, found in stock.items():
-        matrix = name.endswith(".weight") and "linear" in name
-        assert found == [("Lion", ADAM_BETAS) if matrix else ("AdamW", ADAM_BETAS)], name
+        kind = "Lion" if lion.search(name) else "AdamW"
+        assert found == [(kind, ADAM_BETAS)], name
+    assert any("output_layer" in name for name in stock) and any("position" in n for n in stock)
     (plain,) = run_ranks(1, _who_has_what, "plain lion")
     assert set(map(tuple, plain.values())) == {(("Lion", LION_BETAS),)}
 
@@ -121,6 +124,8 @@ def test_its_checkpoint_converts_with_masters_alone(tmp_path: Path) -> None:
     (masters,) = run_ranks(1, _save_stock, source)
     with pytest.raises(ValueError, match=r"has no exp_avg_sq of decoder.*not known here"):
         _convert(source, tmp_path / "adamw", "flash")
+    with pytest.raises(ValueError, match=r"has no exp_avg_sq of decoder.*not known here"):
+        _convert(source, tmp_path / "adam", "adam")
     _, folder = _convert(source, tmp_path / "lion", "flash", master_bits=32, optimizer="flash_lion")
     flash = FlashOptimConfig(optimizer="flash_lion", master_bits=32)
     ((fresh, state, groups, losses),) = run_ranks(1, _load_flash, folder, layers=1, flash=flash)

@@ -63,6 +63,7 @@ class Setup:
     swiglu: bool = False
     query_groups: int | None = None
     tied: bool = True
+    positions: str = "rope"
     experts: int | None = None
     grouped: bool = False
     moe_layers: list[int] | None = None
@@ -255,7 +256,7 @@ def _model(setup: Setup, config: TransformerConfig, stage: int) -> GPTModel:
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=setup.tied,
-        position_embedding_type="rope",
+        position_embedding_type=setup.positions,
         mtp_block_spec=mtp_spec,
         vp_stage=vp_stage,
     )
