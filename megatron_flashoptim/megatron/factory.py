@@ -66,26 +66,11 @@ def chain(optimizers: list[Any]) -> FlashChainedOptimizer:
     chained = FlashChainedOptimizer(optimizers)
     install.SCHEDULE.apply(install.SCHEDULE.owner())
     log_single_rank(logger, logging.INFO, chained.describe())
-    for line in _unread(optimizers[0]):
-        log_single_rank(logger, logging.INFO, line)
+    unlike = optimizers[0].flash.rule.unlike(optimizers[0].config)
+    if unlike:
+        log_single_rank(logger, logging.INFO, unlike)
     check_first_save(chained)
     return chained
-
-
-def _unread(member: FlashDistributedOptimizer) -> Iterator[str]:
-    """Yield a line on options that Megatron's optimizer of such a name reads and ours does not."""
-    config, rule = member.config, member.flash.rule
-    given = [
-        f"{name}={getattr(config, name)}"
-        for name in rule.unread
-        if getattr(config, name) != getattr(OptimizerConfig, name)
-    ]
-    if given:
-        has = ", ".join(f"{k}={v}" for k, v in rule.options(config, member.flash).items())
-        yield (
-            f"{rule.name} has {has} and does not read {', '.join(given)}, which Megatron's "
-            f"--optimizer {rule.name.removeprefix('flash_')} takes"
-        )
 
 
 def bound_to(flash: FlashOptimConfig) -> type[FlashDistributedOptimizer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import zlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,30 @@ def _stops_at_stock_optimizer() -> str:
 def test_a_message_names_the_optimizer_in_force() -> None:
     (message,) = run_ranks(1, _stops_at_stock_optimizer)
     assert message.startswith("--optimizer flash_lion was given")
+
+
+def _log_of(optimizer: str, **options: Any) -> list[str]:
+    import checkpoints
+    import tiny_gpt
+
+    logged = checkpoints.collect_log()
+    logging.getLogger("megatron_flashoptim").setLevel(logging.INFO)
+    flash = FlashOptimConfig(optimizer=optimizer)
+    tiny_gpt.build(tiny_gpt.Setup(flash=flash, layers=1, optimizer=options))
+    return [line for line in logged if "Megatron's --optimizer" in line]
+
+
+def test_the_log_says_what_megatrons_optimizer_of_the_name_does_instead() -> None:
+    def said(optimizer: str, **options: Any) -> list[str]:
+        return run_ranks(1, _log_of, optimizer, **options)[0]
+
+    (line,) = said("flash_lion", adam_beta2=0.99)
+    assert "with betas (0.95, 0.98) of" in line and "lion takes (0.9, 0.99), of" in line
+    (line,) = said("flash_sgd")
+    assert "apart from the gradient; Megatron's --optimizer sgd does within it" in line
+    (line,) = said("flash_adam")
+    assert "within the gradient (L2); Megatron's --optimizer adam does apart from it" in line
+    for optimizer in ("flash_sgd", "flash_adam"):
+        assert not said(optimizer, decoupled_weight_decay=False)
+        assert not said(optimizer, weight_decay=0.0)
+    assert not said("flash_adamw")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -71,27 +70,6 @@ def test_megatrons_lion_has_adams_betas_and_leaves_the_rest_to_adam() -> None:
     assert any("output_layer" in name for name in stock) and any("position" in n for n in stock)
     (plain,) = run_ranks(1, _who_has_what, "plain lion")
     assert set(map(tuple, plain.values())) == {(("Lion", LION_BETAS),)}
-
-
-def _what_is_not_read(optimizer: str, **betas: float) -> list[str]:
-    import checkpoints
-    import tiny_gpt
-
-    logged = checkpoints.collect_log()
-    logging.getLogger("megatron_flashoptim").setLevel(logging.INFO)
-    flash = FlashOptimConfig(optimizer=optimizer)
-    tiny_gpt.build(tiny_gpt.Setup(flash=flash, layers=1, optimizer=betas))
-    return [line for line in logged if "does not read" in line]
-
-
-def test_the_log_says_that_adams_decay_rates_are_not_read() -> None:
-    def said(*args: str, **betas: float) -> list[str]:
-        return run_ranks(1, _what_is_not_read, *args, **betas)[0]
-
-    (line,) = said("flash_lion", adam_beta1=0.9, adam_beta2=0.99)
-    assert line.startswith("flash_lion has betas=(0.95, 0.98) and does not read adam_beta2=0.99,")
-    assert not said("flash_lion", adam_beta1=0.9, adam_beta2=0.999), "they are Megatron's defaults"
-    assert not said("flash_adamw", adam_beta2=0.99)
 
 
 def test_loss_follows_lion() -> None:

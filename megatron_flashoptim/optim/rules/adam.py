@@ -38,6 +38,16 @@ from megatron_flashoptim.optim.rules.rule import EXP_AVG, EXP_AVG_SQ, Rule, Scal
 WEIGHT_DECAY = DECAY
 
 
+def unlike(config: Any) -> str:
+    """Return what Megatron's ``--optimizer adam`` does instead, where weights decay."""
+    if not (config.decoupled_weight_decay and config.weight_decay):
+        return ""
+    return (
+        "flash_adam decays weights within the gradient (L2); Megatron's --optimizer adam does "
+        "apart from it, as flash_adamw"
+    )
+
+
 def columns(group: Mapping[str, Any], step: Scalar) -> Sequence[Scalar]:
     """Return AdamW's, with the weight decay as it is: the learning rate comes after the moments."""
     step_size, _, *rest = adamw.columns(group, step)
@@ -109,4 +119,5 @@ RULE = Rule(
     update=update,
     takes_l2=True,
     decoupled_adam=False,
+    unlike=unlike,
 )

@@ -36,6 +36,17 @@ def options(config: Any, flash: Any) -> dict[str, Any]:
     return {"betas": check_decay_rates(config, "lion_beta1", "lion_beta2")}
 
 
+def unlike(config: Any) -> str:
+    """Return what Megatron's ``--optimizer lion``, from 0.18 on, does instead."""
+    ours = config.lion_beta1, config.lion_beta2
+    theirs = config.adam_beta1, config.adam_beta2
+    return (
+        f"flash_lion is Lion for every parameter, with betas {ours} of --lion-beta1 and "
+        f"--lion-beta2; Megatron's --optimizer lion takes {theirs}, of --adam-beta1 and "
+        "--adam-beta2, and Adam for word embeddings, norms and biases"
+    )
+
+
 def columns(group: Mapping[str, Any], step: Scalar) -> Sequence[Scalar]:
     """Return learning rate, decay of the weight, and the shares of moment and gradient."""
     beta1, beta2 = group["betas"]
@@ -96,6 +107,5 @@ RULE = Rule(
     reference=reference,
     prepare=prepare,
     update=update,
-    # Megatron's ``--optimizer lion`` takes them for Lion's, from 0.18 on.
-    unread=("adam_beta1", "adam_beta2"),
+    unlike=unlike,
 )

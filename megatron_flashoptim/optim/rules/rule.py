@@ -70,8 +70,8 @@ class Rule:
             Adam takes these steps, None if it cannot. Rules that have one keep the same moments and
             take over each other's checkpoints and those of Megatron's Adam.
         own_fields: fields of ``FlashOptimConfig`` that only this rule takes.
-        unread: fields of ``OptimizerConfig`` that Megatron's own optimizer of such a name reads and
-            this rule does not; the log says so if they are given.
+        unlike: from Megatron's ``OptimizerConfig`` to a line for the log if Megatron's own
+            optimizer of such a name would take other steps, else to an empty string.
 
     Raises:
         ValueError: other moments.
@@ -89,7 +89,7 @@ class Rule:
     scale_free: bool = True
     decoupled_adam: bool | None = None
     own_fields: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
+    unlike: Callable[[Any], str] = lambda _: ""
 
     def __post_init__(self) -> None:
         if self.moments not in ((EXP_AVG,), (EXP_AVG, EXP_AVG_SQ)):

@@ -46,6 +46,16 @@ def options(config: Any, flash: Any) -> dict[str, Any]:
     }
 
 
+def unlike(config: Any) -> str:
+    """Return what Megatron's ``--optimizer sgd`` does instead, where weights decay."""
+    if not (config.decoupled_weight_decay and config.weight_decay):
+        return ""
+    return (
+        "flash_sgd decays weights apart from the gradient; Megatron's --optimizer sgd does within "
+        "it (L2), as this with --no-decoupled-weight-decay"
+    )
+
+
 def columns(group: Mapping[str, Any], step: Scalar) -> Sequence[Scalar]:
     """Return learning rate, both kinds of decay, momentum, and what the direction is made of."""
     lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
@@ -113,4 +123,5 @@ RULE = Rule(
     takes_l2=True,
     scale_free=False,
     own_fields=("sgd_nesterov",),
+    unlike=unlike,
 )
