@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import zlib
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
