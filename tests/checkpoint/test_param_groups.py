@@ -53,6 +53,14 @@ def test_groups_of_other_learning_rates_are_told_apart_and_may_change(
     assert [group["step"] for group in param_groups.match(only, [saved[0]])] == [1, 1]
 
 
+def test_the_name_of_an_optimizer_tells_no_groups_apart(param_groups: ModuleType) -> None:
+    """Megatron 0.19 lets overrides give groups to several; here one steps them all."""
+    for current, saved in (("adam", None), (None, "adam"), ("lion", "adam")):
+        groups = [_group(0, optimizer=current), _group(0, optimizer=current, wd_mult=0.0)]
+        found = [_group(1, optimizer=saved, wd_mult=0.0), _group(2, optimizer=saved)]
+        assert [group["step"] for group in param_groups.match(groups, found)] == [2, 1]
+
+
 def test_groups_that_nothing_tells_apart_keep_their_order(param_groups: ModuleType) -> None:
     saved = [_group(1, betas=(0.9, 0.95)), _group(2, betas=(0.5, 0.6))]
     current = [_group(0, betas=(0.8, 0.95)), _group(0, betas=(0.5, 0.6))]
