@@ -9,6 +9,16 @@ from typing import Any
 import pytest
 import torch
 from adam_checkpoints import save_not_distributed
+from pretraining import (
+    FLASH,
+    FORMATS,
+    MODEL,
+    SCRIPT,
+    _pretrain,
+    data_flags,
+    device_flags,
+    printed,
+)
 from ranks import run_ranks
 from test_convert import _convert
 from test_convert_rules import _load_flash
@@ -114,3 +124,22 @@ def test_its_checkpoint_converts_with_masters_alone(tmp_path: Path) -> None:
         name = key.removeprefix("optimizer.state.fp32_param.")
         assert torch.equal(found.pop(f"master.{name}").flatten(), master.flatten()), name
     assert found and not any("master" in key or tensor.any() for key, tensor in found.items())
+
+
+def _pretrain_stock(corpus: Path, folder: Path) -> None:
+    torch.compiler.set_stance("force_eager")
+    flags = ("--optimizer", "lion", "--train-iters", "2", "--save", str(folder))
+    save = ("--save-interval", "2", *FORMATS["fully_reshardable"])
+    _pretrain([str(SCRIPT), *MODEL, *device_flags(), *data_flags(corpus), *flags, *save])
+
+
+def test_a_checkpoint_of_its_layer_wise_optimizer_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Which ``--use-distributed-optimizer`` makes of it in Megatron's training loop."""
+    run_ranks(1, _pretrain_stock, corpus, tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"has no param of decoder.*not known here"):
+        _convert(tmp_path / "stock", tmp_path / "lion", "flash", optimizer="flash_lion")
+
+
+def test_plain_lion_is_refused_with_another_optimizer(corpus: Path) -> None:
+    with pytest.raises(AssertionError, match="--plain-lion is for --optimizer lion; drop it"):
+        printed(corpus, *FLASH, "--plain-lion")
