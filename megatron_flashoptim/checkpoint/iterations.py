@@ -36,7 +36,7 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
         return path
     there = sorted(found.name for found in path.iterdir() if _ITERATION.fullmatch(found.name))
     if iteration is not None:
-        name = f"iter_{iteration:07d}"
+        name = name_of(iteration)
     else:
         tracker = path / TRACKER
         if not tracker.is_file():
@@ -49,7 +49,7 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
             raise ValueError(
                 f"{tracker} holds {latest!r} instead of an iteration; give the folder of one"
             )
-        name = f"iter_{int(latest):07d}" if latest.isdecimal() else latest
+        name = name_of(int(latest)) if latest.isdecimal() else latest
     if not (path / name).is_dir():
         raise ValueError(f"{path} has no {name}; it has {', '.join(there) or 'no iterations'}")
     return path / name
@@ -57,12 +57,29 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
 
 def _is_iteration(path: Path) -> bool:
     """Return whether a folder is that of one iteration, by its name or by what is in it."""
-    return (
-        bool(_ITERATION.fullmatch(path.name))
-        or path.name == "release"
-        or (path / ".metadata").is_file()
-        or any(path.glob("mp_rank_*"))
-    )
+    return bool(_ITERATION.fullmatch(path.name)) or path.name == "release" or holds_state(path)
+
+
+def holds_state(folder: Path) -> bool:
+    """Return whether a checkpoint's files are in the folder itself, of either format."""
+    return (folder / ".metadata").is_file() or holds_legacy_state(folder)
+
+
+def holds_legacy_state(folder: Path) -> bool:
+    """Return whether files of ``--ckpt-format torch`` are in the folder itself."""
+    return any(folder.glob("mp_rank_*"))
+
+
+def name_of(iteration: int) -> str:
+    """Return the name of an iteration's folder."""
+    return f"iter_{iteration:07d}"
+
+
+def latest_of(path: Path) -> int | None:
+    """Return the iteration that the tracker in a folder of ``--save`` names, or None."""
+    tracker = path / TRACKER
+    latest = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(latest) if latest.isdecimal() else None
 
 
 def number_of(folder: Path) -> int | None:

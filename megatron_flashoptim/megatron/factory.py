@@ -16,6 +16,7 @@ from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
 from megatron_flashoptim.megatron.distrib_optimizer import FlashDistributedOptimizer
 from megatron_flashoptim.megatron.first_save import check_first_save
 from megatron_flashoptim.megatron.release.support import check_release
+from megatron_flashoptim.megatron.run_folders import check_run_folders
 from megatron_flashoptim.megatron.support import check_configs
 from megatron_flashoptim.optim import FlashOptimConfig
 
@@ -40,7 +41,7 @@ def get_megatron_optimizer(
 
     Raises:
         ValueError: an option that flash optimizers do not support, or, in Megatron's training
-            loop, a model that it could not save as its arguments say.
+            loop, folders or a model that it could not load from or save as its arguments say.
         RuntimeError: Megatron built something else than flash optimizers.
     """
     # A Megatron with one of patches/ has the configuration in its own.
@@ -61,7 +62,7 @@ def chain(optimizers: list[Any]) -> FlashChainedOptimizer:
 
     Raises:
         RuntimeError: a member is something else than a flash optimizer.
-        ValueError: Megatron's training loop runs and could not save.
+        ValueError: Megatron's training loop runs and could not save, or not load what it should.
     """
     chained = FlashChainedOptimizer(optimizers)
     install.SCHEDULE.apply(install.SCHEDULE.owner())
@@ -69,6 +70,7 @@ def chain(optimizers: list[Any]) -> FlashChainedOptimizer:
     unlike = optimizers[0].flash.rule.unlike(optimizers[0].config)
     if unlike:
         log_single_rank(logger, logging.INFO, unlike)
+    check_run_folders()
     check_first_save(chained)
     return chained
 

@@ -6,12 +6,12 @@ fp32. Without this, that would be found out when the first checkpoint is saved, 
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.utils import unwrap_model
 
 from megatron_flashoptim.checkpoint.together import on_all_ranks
+from megatron_flashoptim.megatron.training_args import training_args
 
 if TYPE_CHECKING:
     from megatron_flashoptim.megatron.chained import FlashChainedOptimizer
@@ -33,9 +33,7 @@ def check_first_save(optimizer: FlashChainedOptimizer) -> None:
         ValueError: as ``FlashChainedOptimizer.check_can_be_saved``, or Megatron cannot make the
             model's state dict; on all ranks.
     """
-    # Not imported for those who use megatron.core alone, who have no arguments.
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    args = getattr(global_vars, "_GLOBAL_ARGS", None)
+    args = training_args()
     if args is None or not _saves_in_model_space(args) or not optimizer.model_chunks:
         return
     from megatron.training import checkpointing

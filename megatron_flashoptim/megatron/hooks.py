@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_flashoptim.codec.spec import GROUP_SIZE
 from megatron_flashoptim.megatron import arguments, versions
 from megatron_flashoptim.megatron.arguments import config_from_args
 from megatron_flashoptim.megatron.params_norm import norms_for_main_params
+from megatron_flashoptim.megatron.training_args import training_args
 from megatron_flashoptim.optim.config import FlashOptimConfig
 
 __all__ = [
@@ -71,9 +71,7 @@ def selected() -> FlashOptimConfig | None:
     """Return the flash configuration of this process's recipe or arguments, or None."""
     if _of_recipe is not None:
         return _of_recipe
-    # Not imported for those who use megatron.core alone, who have no arguments.
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    args = getattr(global_vars, "_GLOBAL_ARGS", None)
+    args = training_args()
     return None if args is None else config_from_args(args)
 
 

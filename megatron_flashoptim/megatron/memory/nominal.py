@@ -83,7 +83,8 @@ def parse(arguments: Sequence[str], world_size: int) -> Any:
             "--flash-gradient-release gives the gradient buffers no memory of their own, which is "
             "what is counted here; drop it, and see `megatron-flashoptim memory` for the slots"
         )
-    args.save = None  # a run that saves asks all ranks before training whether it can
+    # A run that loads or saves asks all ranks before training whether it can.
+    args.load = args.save = None
     return args
 
 
