@@ -227,5 +227,10 @@ def _patch_megatron() -> None:
         training: Any = importlib.import_module("megatron.training.training")
     except ImportError:
         return  # megatron.core alone
-    initialize = training.initialize_megatron
-    training.initialize_megatron = functools.partial(initialize, allow_no_cuda=True)
+    initialize: Any = importlib.import_module("megatron.training.initialize")
+    # Compiles nothing here, and draws as many numbers as a micro-batch has elements from the
+    # generator that initial weights are drawn from next: on a GPU that is another one.
+    initialize._warmup_jit_function = _nothing
+    training.initialize_megatron = functools.partial(
+        training.initialize_megatron, allow_no_cuda=True
+    )

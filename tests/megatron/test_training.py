@@ -15,6 +15,7 @@ import pytest
 import torch
 from console import run
 from pretraining import (
+    FLASH,
     MODEL,
     data_flags,
     device_flags,
@@ -113,6 +114,19 @@ def test_flash_adamw_follows_adam_in_the_training_loop(
         assert float(loss) == pytest.approx(float(adam[iteration][0]), rel=5e-3)
         assert float(norm) == pytest.approx(float(adam[iteration][1]), rel=1e-4)
         assert float(flash[iteration][1]) > 1.0, "the params norm is never 0"
+
+
+@pytest.mark.smoke
+def test_initial_weights_do_not_depend_on_the_micro_batch_size(
+    megatron: None, corpus: Path
+) -> None:
+    """On a CPU Megatron's warm-up would draw from the generator that makes them."""
+    first = [
+        float(pretrain(corpus, *FLASH, "--train-iters", "1", "--micro-batch-size", size)[1][0])
+        for size in ("2", "1")
+    ]
+    # Sums in another order; other weights made 0.0077.
+    assert first[0] == pytest.approx(first[1], abs=1e-4)
 
 
 def test_theoretical_memory_report_is_that_of_the_optimizer(
