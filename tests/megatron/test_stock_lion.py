@@ -17,6 +17,7 @@ from pretraining import (
     _pretrain,
     data_flags,
     device_flags,
+    losses,
     printed,
 )
 from ranks import run_ranks
@@ -96,6 +97,31 @@ def test_loss_follows_lion() -> None:
     print({"flash": apart(flash), "lr + 1 %": apart(nearby), "stock lion": apart(stock)})
     assert apart(flash) <= 0.001 and apart(flash) < apart(nearby)
     assert apart(stock) > 5 * apart(nearby)
+
+
+def _in_the_training_loop(corpus: Path, *flags: str) -> str:
+    torch.compiler.set_stance("force_eager")
+    lion = ("--lr", "3e-4", "--min-lr", "3e-5", "--log-interval", "1", "--train-iters", "30")
+    return _pretrain([str(SCRIPT), *MODEL, *device_flags(), *data_flags(corpus), *lion, *flags])
+
+
+def test_loss_follows_lion_as_the_quality_runs_have_it(corpus: Path) -> None:
+    """One rank, with --use-distributed-optimizer: Megatron's layer-wise optimizer."""
+    runs = {}
+    for name, flags in {
+        "plain": ("lion", "--plain-lion"),
+        "flash": ("flash_lion",),
+        "stock": ("lion",),
+    }.items():
+        (text,) = run_ranks(1, _in_the_training_loop, corpus, "--optimizer", *flags)
+        runs[name] = [float(loss) for loss, _ in losses(text).values()]
+        assert len(runs[name]) == 30
+    flash, stock = (
+        max(abs(a - b) / b for a, b in zip(runs[name], runs["plain"], strict=True))
+        for name in ("flash", "stock")
+    )
+    print({"flash": flash, "stock": stock})
+    assert flash < 0.001 and stock > 5 * flash
 
 
 def _save_stock(folder: Path) -> dict[str, torch.Tensor]:
