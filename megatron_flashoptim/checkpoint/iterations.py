@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Written by Megatron into the folder that --save names.
 TRACKER = "latest_checkpointed_iteration.txt"
+# What it names where the checkpoint is of no iteration, and that one's folder.
+RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -38,16 +40,15 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
     if iteration is not None:
         name = name_of(iteration)
     else:
-        tracker = path / TRACKER
-        if not tracker.is_file():
+        latest = tracked(path)
+        if latest is None:
             raise ValueError(
                 f"{path} has no {TRACKER}, so it is no checkpoint folder of Megatron"
                 + (f"; it has {', '.join(there)}: give one of these" if there else "")
             )
-        latest = tracker.read_text().strip()
-        if not latest.isdecimal() and latest != "release":
+        if not latest.isdecimal() and latest != RELEASE:
             raise ValueError(
-                f"{tracker} holds {latest!r} instead of an iteration; give the folder of one"
+                f"{path / TRACKER} holds {latest!r} instead of an iteration; give the folder of one"
             )
         name = name_of(int(latest)) if latest.isdecimal() else latest
     if not (path / name).is_dir():
@@ -57,12 +58,12 @@ def iteration_folder(path: str | Path, iteration: int | None = None) -> Path:
 
 def _is_iteration(path: Path) -> bool:
     """Return whether a folder is that of one iteration, by its name or by what is in it."""
-    return bool(_ITERATION.fullmatch(path.name)) or path.name == "release" or holds_state(path)
-
-
-def holds_state(folder: Path) -> bool:
-    """Return whether a checkpoint's files are in the folder itself, of either format."""
-    return (folder / ".metadata").is_file() or holds_legacy_state(folder)
+    return (
+        bool(_ITERATION.fullmatch(path.name))
+        or path.name == RELEASE
+        or (path / ".metadata").is_file()
+        or holds_legacy_state(path)
+    )
 
 
 def holds_legacy_state(folder: Path) -> bool:
@@ -75,11 +76,10 @@ def name_of(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def latest_of(path: Path) -> int | None:
-    """Return the iteration that the tracker in a folder of ``--save`` names, or None."""
+def tracked(path: Path) -> str | None:
+    """Return what the tracker in a folder of ``--save`` names, or None where there is none."""
     tracker = path / TRACKER
-    latest = tracker.read_text().strip() if tracker.is_file() else ""
-    return int(latest) if latest.isdecimal() else None
+    return tracker.read_text().strip() if tracker.is_file() else None
 
 
 def number_of(folder: Path) -> int | None:
@@ -115,9 +115,8 @@ def check_release(destination: Path) -> None:
     Raises:
         ValueError: its tracker names an iteration.
     """
-    tracker = destination / TRACKER
-    latest = tracker.read_text().strip() if tracker.is_file() else "release"
-    if latest != "release":
+    latest = tracked(destination)
+    if latest not in (None, RELEASE):
         raise ValueError(
             f"{destination} has iteration {latest}, which {TRACKER} names as the latest; a release "
             "would be loaded in its place. Give another folder"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,13 @@ from pretraining import FLASH, pretrain, printed
 from ranks import run_ranks
 from test_hook import _parse
 
+from megatron_flashoptim.checkpoint.iterations import TRACKER
+
 NOBODY = 65534
+SINGLE = (
+    f"--load {{folder}} is the folder of one checkpoint and has no {TRACKER}, without which "
+    "Megatron loads nothing from it and starts with new weights"
+)
 
 
 def _refusal(corpus: Path, *flags: str) -> str:
@@ -34,12 +40,11 @@ def test_a_single_iteration_is_refused_and_the_flags_that_load_it_are_named(
     whole = pretrain(corpus, *FLASH, *save, "--train-iters", "4")
     folder = tmp_path / "iter_0000002"
     asked_for = f"--load {tmp_path} --ckpt-step 2"
-    assert _refusal(corpus, "--load", str(folder)) == (
-        f"ValueError: --load {folder} is the folder of one checkpoint, where Megatron would load "
-        f"nothing and start with new weights; give {asked_for}"
-    )
+    assert _refusal(
+        corpus, "--load", str(folder)
+    ) == f"ValueError: {SINGLE}; give {asked_for}".format(folder=folder)
     resumed = pretrain(corpus, *FLASH, *asked_for.split(), "--train-iters", "4")
-    assert resumed[4] == whole[4]
+    assert min(resumed) == 3 and resumed[4] == whole[4]
 
 
 @pytest.mark.smoke
@@ -52,14 +57,16 @@ def test_an_earlier_iteration_of_the_legacy_format_is_refused_and_loads_as_the_m
     whole = pretrain(corpus, *legacy, "--save", str(run), "--save-interval", "2")
     load = ("--ckpt-format", "torch", "--load", str(run), "--ckpt-step", "2")
     assert _refusal(corpus, *load) == (
-        f"ValueError: --ckpt-step 2: {run}/iter_0000002 has the format of --ckpt-format torch, and "
-        f"Megatron would load the optimizer of iteration 4, the latest in {run}, beside its "
-        "weights, and count on from 4; copy iter_0000002 to another folder, write 2 into a "
-        "latest_checkpointed_iteration.txt there, and give that folder to --load"
+        f"ValueError: --ckpt-step 2: Megatron would load the optimizer of iteration 4, the latest "
+        f"in {run}, beside the weights of iter_0000002, which has the format of --ckpt-format "
+        "torch, and count on from 4; for iter_0000002 put it, or a link to it, as iter_0000002 "
+        f"into another folder with a {TRACKER} that holds 2, and give that folder to --load"
     )
-    shutil.copytree(run / "iter_0000002", alone / "iter_0000002")
-    (alone / "latest_checkpointed_iteration.txt").write_text("2")
-    assert pretrain(corpus, *legacy, "--load", str(alone))[4] == whole[4]
+    alone.mkdir()
+    (alone / "iter_0000002").symlink_to(run / "iter_0000002")
+    (alone / TRACKER).write_text("2")
+    resumed = pretrain(corpus, *legacy, "--load", str(alone))
+    assert min(resumed) == 3 and resumed[4] == whole[4]
     for weights_alone in ("--finetune", "--no-load-optim"):
         assert _checked(*load, weights_alone) == ""
     assert _checked(*load[:-1], "4") == ""
@@ -71,7 +78,9 @@ def _check(real_user: int | None, *flags: str) -> str:
 
     from megatron_flashoptim.megatron.run_folders import check_run_folders
 
-    global_vars._GLOBAL_ARGS = _parse("--optimizer", "flash_adamw", *flags)
+    args = _parse("--optimizer", "flash_adamw", *flags)
+    assert isinstance(args, argparse.Namespace), args
+    global_vars._GLOBAL_ARGS = args
     if real_user is not None and torch.distributed.get_rank() == 1:
         os.setreuid(real_user, -1)  # what os.access asks for
     try:
@@ -117,16 +126,72 @@ def test_a_folder_that_one_rank_cannot_write_is_refused_on_all(
     assert not (shared / "777" / "new").exists()
 
 
+def test_a_tracker_of_another_user_is_refused(megatron: None, shared: Path) -> None:
+    shared.chmod(0o777)
+    (shared / TRACKER).touch()
+    is_root = os.geteuid() == 0
+    user: dict[str, Any] = {"real_user": NOBODY if is_root else None}
+    for mode, refused in ((0o666, False), (0o444, True)):
+        (shared / TRACKER).chmod(mode)
+        refusal = _checked("--save", str(shared), **user)
+        assert (f"since {shared / TRACKER} is read-only" in refusal) is refused, refusal
+        assert refused or not refusal
+
+
 def test_files_in_place_of_folders_are_refused(megatron: None, tmp_path: Path) -> None:
-    file = tmp_path / "file"
+    file, link = tmp_path / "file", tmp_path / "link"
     file.touch()
+    link.symlink_to(tmp_path / "nowhere")
     assert _checked("--load", str(file)) == (
         f"--load {file} is a file; give the folder that --save named"
     )
-    for folder in (file, file / "run"):
+    for folder, wrong in ((file, file), (file / "run", file), (link, link), (link / "run", link)):
         assert _checked("--save", str(folder)) == (
-            f"--save {folder} cannot be written, since {file} is a file; name another folder"
+            f"--save {folder} cannot be written, since {wrong} is no folder; name another one"
         )
+
+
+@pytest.mark.parametrize(
+    ("tracked", "name", "legacy", "instead"),
+    [
+        ("4", "iter_0000002", False, "give --load {run} --ckpt-step 2"),
+        ("2", "iter_0000002", False, "give --load {run}"),
+        ("2", "iter_0000002", True, "give --load {run}"),
+        ("release", "release", False, "give --load {run}"),
+        ("4", "iter_0000002", True, "as iter_0000002 into another folder"),
+        ("release", "iter_0000002", False, "as iter_0000002 into another folder"),
+        (None, "iter_0000002", False, "as iter_0000002 into another folder"),
+        ("4", "iter_0000000", False, "as iter_0000000 into another folder"),
+        ("4", "release", False, "as release into another folder"),
+        ("4", "best", False, "as iter_NNNNNNN into another folder"),
+    ],
+)
+def test_what_is_said_to_give_instead_would_be_loaded(
+    megatron: None, tmp_path: Path, tracked: str | None, name: str, legacy: bool, instead: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / ("mp_rank_00" if legacy else "metadata.json")).touch()
+    if tracked is not None:
+        (tmp_path / TRACKER).write_text(tracked + "\n")
+    refusal = _checked("--load", str(folder))
+    assert refusal.startswith(SINGLE.format(folder=folder)), refusal
+    said = instead.format(run=tmp_path)
+    assert refusal.endswith(said) if said.startswith("give") else said in refusal, refusal
+    for elsewhere in ("--pretrained-checkpoint=/else", "--non-persistent-ckpt-type=global"):
+        assert _checked("--load", str(folder), elsewhere) == ""
+
+
+def test_a_step_beside_a_release_is_refused(megatron: None, tmp_path: Path) -> None:
+    """Megatron would load the release, whatever the format and whatever else is given."""
+    (tmp_path / TRACKER).write_text("release")
+    for flags in ((), ("--finetune",), ("--no-load-optim",)):
+        assert _checked("--load", str(tmp_path), "--ckpt-step", "3", *flags) == (
+            f"--ckpt-step 3: Megatron would load {tmp_path}/release, which {TRACKER} names; for "
+            "iter_0000003 put it, or a link to it, as iter_0000003 into another folder with a "
+            f"{TRACKER} that holds 3, and give that folder to --load"
+        )
+    assert _checked("--load", str(tmp_path)) == ""
 
 
 def test_a_run_that_has_not_saved_yet_is_none_to_be_refused(megatron: None, tmp_path: Path) -> None:

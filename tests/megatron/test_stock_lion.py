@@ -105,7 +105,7 @@ def _in_the_training_loop(corpus: Path, *flags: str) -> str:
     return _pretrain([str(SCRIPT), *MODEL, *device_flags(), *data_flags(corpus), *lion, *flags])
 
 
-def test_loss_follows_lion_as_the_quality_runs_have_it(corpus: Path) -> None:
+def test_loss_follows_lion_as_the_quality_runs_have_it(megatron: None, corpus: Path) -> None:
     """One rank, with --use-distributed-optimizer: Megatron's layer-wise optimizer."""
     runs = {}
     for name, flags in {
