@@ -53,7 +53,7 @@ def _folder(args: Any, name: str) -> Path | None:
     storage = getattr(sys.modules.get("megatron.core.msc_utils"), "MultiStorageClientFeature", None)
     if not given or "://" in given or (storage is not None and storage.is_enabled()):
         return None
-    return Path(os.path.abspath(given))
+    return Path(given).absolute()
 
 
 def _check(args: Any, load: Path | None, save: Path | None) -> None:
@@ -76,10 +76,10 @@ def _check_load(folder: Path) -> None:
         os.path.isfile(folder / "metadata.json") or holds_legacy_state(folder)
     ):
         return
-    number, latest = number_of(folder), tracked(folder.parent) or ""
-    if latest == folder.name or latest == str(number):
+    number, latest = number_of(folder), _latest(folder.parent)
+    if latest == folder.name:
         instead = f"give --load {folder.parent}"
-    elif number and latest.isdecimal() and not holds_legacy_state(folder):
+    elif number and latest not in (None, RELEASE) and not holds_legacy_state(folder):
         instead = f"give --load {folder.parent} --ckpt-step {number}"
     else:
         instead = _in_a_folder_of_its_own(folder.name, number)
@@ -95,15 +95,13 @@ def _check_step(folder: Path, step: int, weights_alone: bool) -> None:
     ``load_checkpoint`` of 0.17 to 0.19 takes ``release`` from the tracker whatever the step is, and
     reads the tracker again for the optimizer's file of the legacy format, to go on from its number.
     """
-    latest, name = tracked(folder), name_of(step)
+    latest, name = _latest(folder), name_of(step)
     if latest == RELEASE:
         would = f"load {folder / RELEASE}, which {TRACKER} names"
-    elif (
-        latest not in (None, str(step)) and not weights_alone and holds_legacy_state(folder / name)
-    ):
+    elif latest not in (None, name) and not weights_alone and holds_legacy_state(folder / name):
         would = (
-            f"load the optimizer of iteration {latest}, the latest in {folder}, beside the weights "
-            f"of {name}, which has the format of --ckpt-format torch, and count on from {latest}"
+            f"load the optimizer of {latest}, the latest in {folder}, beside the weights of "
+            f"{name}, which has the format of --ckpt-format torch, and count on from there"
         )
     else:
         return
@@ -111,6 +109,12 @@ def _check_step(folder: Path, step: int, weights_alone: bool) -> None:
         f"--ckpt-step {step}: Megatron would {would}; for {name} "
         f"{_in_a_folder_of_its_own(name, step)}"
     )
+
+
+def _latest(folder: Path) -> str | None:
+    """Return the name of the folder that Megatron takes for the latest."""
+    latest = tracked(folder)
+    return name_of(int(latest)) if latest is not None and latest.isdecimal() else latest
 
 
 def _in_a_folder_of_its_own(name: str, number: int | None) -> str:

@@ -57,10 +57,10 @@ def test_an_earlier_iteration_of_the_legacy_format_is_refused_and_loads_as_the_m
     whole = pretrain(corpus, *legacy, "--save", str(run), "--save-interval", "2")
     load = ("--ckpt-format", "torch", "--load", str(run), "--ckpt-step", "2")
     assert _refusal(corpus, *load) == (
-        f"ValueError: --ckpt-step 2: Megatron would load the optimizer of iteration 4, the latest "
-        f"in {run}, beside the weights of iter_0000002, which has the format of --ckpt-format "
-        "torch, and count on from 4; for iter_0000002 put it, or a link to it, as iter_0000002 "
-        f"into another folder with a {TRACKER} that holds 2, and give that folder to --load"
+        f"ValueError: --ckpt-step 2: Megatron would load the optimizer of iter_0000004, the "
+        f"latest in {run}, beside the weights of iter_0000002, which has the format of "
+        "--ckpt-format torch, and count on from there; for iter_0000002 put it, or a link to it, "
+        f"as iter_0000002 into another folder with a {TRACKER} that holds 2, and give that folder to --load"
     )
     alone.mkdir()
     (alone / "iter_0000002").symlink_to(run / "iter_0000002")
@@ -72,8 +72,9 @@ def test_an_earlier_iteration_of_the_legacy_format_is_refused_and_loads_as_the_m
     assert _checked(*load[:-1], "4") == ""
 
 
-def _check(real_user: int | None, *flags: str) -> str:
+def _check(real_user: int | None, storage_client: bool, *flags: str) -> str:
     """Return the refusal of a run's folders; rank 1 may be of another user."""
+    from megatron.core import msc_utils
     from megatron.training import global_vars
 
     from megatron_flashoptim.megatron.run_folders import check_run_folders
@@ -81,6 +82,8 @@ def _check(real_user: int | None, *flags: str) -> str:
     args = _parse("--optimizer", "flash_adamw", *flags)
     assert isinstance(args, argparse.Namespace), args
     global_vars._GLOBAL_ARGS = args
+    if storage_client:  # parsing asks for the package, which is not installed
+        type(msc_utils.MultiStorageClientFeature).is_enabled = lambda _: True
     if real_user is not None and torch.distributed.get_rank() == 1:
         os.setreuid(real_user, -1)  # what os.access asks for
     try:
@@ -90,9 +93,9 @@ def _check(real_user: int | None, *flags: str) -> str:
     return ""
 
 
-def _checked(*flags: str, real_user: int | None = None) -> str:
+def _checked(*flags: str, real_user: int | None = None, storage_client: bool = False) -> str:
     """Return what both ranks say, which is the same."""
-    first, second = run_ranks(2, _check, real_user, *flags)
+    first, second = run_ranks(2, _check, real_user, storage_client, *flags)
     assert first == second
     return str(first)
 
@@ -122,7 +125,8 @@ def test_a_folder_that_one_rank_cannot_write_is_refused_on_all(
             "user; name another folder, or have it made writable"
             + (" (on rank 1; 1 of 2 ranks have a problem)" if is_root else "")
         )
-        assert _checked("--save", str(folder), "--skip-train", **user) == ""
+        for unused in (("--skip-train",), ("--ckpt-convert-format", "torch")):
+            assert _checked("--save", str(folder), *unused, **user) == ""
     assert not (shared / "777" / "new").exists()
 
 
@@ -156,7 +160,7 @@ def test_files_in_place_of_folders_are_refused(megatron: None, tmp_path: Path) -
     [
         ("4", "iter_0000002", False, "give --load {run} --ckpt-step 2"),
         ("2", "iter_0000002", False, "give --load {run}"),
-        ("2", "iter_0000002", True, "give --load {run}"),
+        ("0000002", "iter_0000002", True, "give --load {run}"),
         ("release", "release", False, "give --load {run}"),
         ("4", "iter_0000002", True, "as iter_0000002 into another folder"),
         ("release", "iter_0000002", False, "as iter_0000002 into another folder"),
@@ -166,7 +170,7 @@ def test_files_in_place_of_folders_are_refused(megatron: None, tmp_path: Path) -
         ("4", "best", False, "as iter_NNNNNNN into another folder"),
     ],
 )
-def test_what_is_said_to_give_instead_would_be_loaded(
+def test_what_to_give_instead_is_named(
     megatron: None, tmp_path: Path, tracked: str | None, name: str, legacy: bool, instead: str
 ) -> None:
     folder = tmp_path / name
@@ -201,5 +205,27 @@ def test_a_run_that_has_not_saved_yet_is_none_to_be_refused(megatron: None, tmp_
         assert _checked("--load", str(folder), "--save", str(folder)) == ""
         folder.mkdir()
         assert _checked("--load", str(folder), "--save", str(folder)) == ""
-    address = "msc://profile/run"
-    assert _checked("--load", address, "--save", address) == ""
+
+
+def test_object_stores_are_not_looked_at(
+    megatron: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With NVIDIA's Multi-Storage Client any path may be one, by its configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "msc:").touch()
+    for address, refused in (("msc:/run", True), ("msc://profile/run", False)):
+        assert bool(_checked("--save", address)) is refused
+    assert _checked("--save", "msc:/run", storage_client=True) == ""
+
+
+def test_folders_are_those_that_the_system_finds(
+    megatron: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a link ".." is not the folder that the link is in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "run").mkdir()
+    (tmp_path / "run").touch()
+    (tmp_path / "link").symlink_to("real/sub")
+    assert _checked("--load", "link/../run", "--save", "link/../run") == ""
+    assert _checked("--save", "run") != ""
