@@ -60,7 +60,8 @@ def test_an_earlier_iteration_of_the_legacy_format_is_refused_and_loads_as_the_m
         f"ValueError: --ckpt-step 2: Megatron would load the optimizer of iter_0000004, the "
         f"latest in {run}, beside the weights of iter_0000002, which has the format of "
         "--ckpt-format torch, and count on from there; for iter_0000002 put it, or a link to it, "
-        f"as iter_0000002 into another folder with a {TRACKER} that holds 2, and give that folder to --load"
+        f"as iter_0000002 into another folder with a {TRACKER} that holds 2, and give that folder "
+        "to --load"
     )
     alone.mkdir()
     (alone / "iter_0000002").symlink_to(run / "iter_0000002")
