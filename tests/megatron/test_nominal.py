@@ -22,6 +22,8 @@ MODEL = f"""--num-layers 4 --hidden-size 256 --ffn-hidden-size 1024 --num-attent
 --sequence-parallel --expert-model-parallel-size {EXPERT} --expert-tensor-parallel-size 1
 --pipeline-model-parallel-size {STAGES} --save nowhere --save-interval 1
 --dist-ckpt-optim-fully-reshardable""".split()
+# Refused where a run begins; what is planned on any machine looks at no folder.
+MODEL += ["--load", __file__]
 DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
 
 

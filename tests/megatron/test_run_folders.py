@@ -199,6 +199,21 @@ def test_a_step_beside_a_release_is_refused(megatron: None, tmp_path: Path) -> N
     assert _checked("--load", str(tmp_path)) == ""
 
 
+def _check_twice(folder: Path) -> tuple[str, str]:
+    from megatron_flashoptim.megatron.run_folders import check_run_folders
+
+    first = _check(None, False, "--save", str(folder))
+    folder.touch()  # what a second look would refuse
+    check_run_folders()
+    return first, _check(None, False, "--save", str(folder))
+
+
+def test_a_run_of_several_optimizers_is_looked_at_once(megatron: None, tmp_path: Path) -> None:
+    """A rank may have fewer of them than others, which would wait for it."""
+    for first, of_another_run in run_ranks(2, _check_twice, tmp_path / "save"):
+        assert first == "" and "is no folder" in of_another_run
+
+
 def test_a_run_that_has_not_saved_yet_is_none_to_be_refused(megatron: None, tmp_path: Path) -> None:
     """--load and --save are the same folder from the first start on, whatever its name."""
     for name in ("new", "release", "iter_0000002"):
